@@ -1,0 +1,378 @@
+"""The typed configuration of a run.
+
+Hydra composes YAML from `conf/`; `config.compose` turns the result into a `RunConfig` once, at the entry. No `DictConfig` travels
+further. Every field says its meaning and unit in the line beneath it; rules that span several fields live in `config.validate`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+# --------------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class SiglipConfig:
+    """A SigLIP vision transformer (VL §3.1: SigLIP-L/16-384; VL2 §2: SigLIP-SO400M/14-384)."""
+
+    image_size: int
+    """Side of the square input, pixels."""
+    patch_size: int
+    """Side of a patch, pixels. Pixels beyond the last whole patch are dropped (384 // 14 = 27)."""
+    width: int
+    layers: int
+    heads: int
+    mlp_ratio: float = 4.0
+    """MLP width is int(width * mlp_ratio): 4304 for SO400M's 3.7362."""
+    gelu: Literal["erf", "tanh"] = "tanh"
+    """VL's SigLIP-L uses the exact (erf) GELU, VL2's SO400M the tanh one."""
+    layer_norm_eps: float = 1e-6
+    pixel_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    pixel_std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    attention_pool: bool = False
+    """Keep the attention-pooling head that released checkpoints store and never use."""
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Patch tokens of one tile."""
+        return self.grid * self.grid
+
+    @property
+    def mlp_width(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+
+@dataclass
+class SamConfig:
+    """The SAM-B ViTDet encoder with neck and down-sampling of the hybrid tower (VL §3.1)."""
+
+    image_size: int = 1024
+    """Side of the square input, pixels."""
+    patch_size: int = 16
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    window: int = 14
+    """Side of an attention window, patches; layers in `global_layers` attend to the whole image."""
+    global_layers: list[int] = field(default_factory=lambda: [2, 5, 8, 11])
+    neck_width: int = 256
+    interpolate_to: int = 96
+    """Side of the feature map after bilinear interpolation (64 -> 96), before two stride-2 convolutions."""
+    downsample_widths: list[int] = field(default_factory=lambda: [512, 1024])
+    """Output channels of the two stride-2 convolutions; the last is the feature width of a visual token."""
+    pixel_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    pixel_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the encoder."""
+        return self.image_size // self.patch_size
+
+    @property
+    def output_grid(self) -> int:
+        """Side of the final feature map: interpolate_to / 4, each 3x3 stride-2 convolution (padding 1) halving it."""
+        return ((self.interpolate_to + 1) // 2 + 1) // 2
+
+
+@dataclass
+class VisionConfig:
+    """The vision tower: SigLIP alone (VL 1.3B, VL2) or SigLIP and SAM together (VL 7B)."""
+
+    siglip: SiglipConfig
+    sam: SamConfig | None = None
+
+
+@dataclass
+class AdaptorConfig:
+    """The vision-language adaptor: VL's MLP variants (VL §3.1, Table 10) or VL2's pixel shuffle (VL2 §2)."""
+
+    kind: Literal["mlp", "hybrid", "shared", "separate", "pixel_shuffle"]
+    """mlp: one encoder, two layers. hybrid: a layer per encoder, concatenate, GELU, one layer (released 7B). shared: one MLP over both
+    encoders' features. separate: a whole MLP per encoder. pixel_shuffle: VL2."""
+    concat: Literal["embedding", "sequence_width", "sequence_height"] = "embedding"
+    """How two encoders' features meet (Table 10): along the embedding, or along the sequence after pooling each to half its W or H."""
+    depth: int = 2
+    """Linear layers, GELU between them."""
+    downsample_ratio: int = 2
+    """Side of the pixel-shuffle square (pixel_shuffle only)."""
+
+
+@dataclass
+class MoeConfig:
+    """DeepSeekMoE feed-forward layers."""
+
+    routed_experts: int
+    shared_experts: int
+    top_k: int
+    expert_width: int
+    """FFN width of one expert; the shared experts are one FFN of shared_experts * expert_width."""
+    dense_layers: int = 1
+    """The first this-many layers keep a dense FFN."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: greedy top-k of softmax over all experts. sigmoid: scores for weights, score + bias for selection (VL2 base)."""
+    normalise_top_k: bool = False
+    """Divide the chosen weights by their sum (released: true for sigmoid, false for softmax)."""
+    routed_scaling: float = 1.0
+    """Factor on the routed experts' weights (2.0 in VL2 base)."""
+    expert_bias: bool = False
+    """Keep a selection bias per expert, corrected after each step (auxiliary-loss-free balancing)."""
+
+
+@dataclass
+class MlaConfig:
+    """Multi-head latent attention without query compression (the released VL2 small and base)."""
+
+    kv_rank: int
+    qk_nope_dim: int
+    qk_rope_dim: int
+    v_dim: int
+
+
+@dataclass
+class LanguageConfig:
+    """A LLaMA-style dense or a DeepSeekMoE decoder."""
+
+    vocab_size: int
+    """Rows of the embedding that mean something; stored rows are padded to a multiple of 128, the padding never predicted."""
+    hidden_size: int
+    ffn_width: int
+    """Width of the dense SwiGLU FFN."""
+    layers: int
+    heads: int
+    kv_heads: int | None = None
+    """Key/value groups; null = heads (MHA)."""
+    max_positions: int = 4096
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    moe: MoeConfig | None = None
+    mla: MlaConfig | None = None
+
+
+@dataclass
+class ModelConfig:
+    name: str
+    family: Literal["vl", "vl2"]
+    vision: VisionConfig
+    adaptor: AdaptorConfig
+    language: LanguageConfig
+
+
+# --------------------------------------------------------------------------------------------------------------------- stage
+
+
+@dataclass
+class ParamRule:
+    """One line of a stage's freeze and learning-rate policy."""
+
+    pattern: str
+    """Glob over parameter names, e.g. `vision.siglip.*`, `adaptor.*`, `language.*`; the first rule that matches a name wins."""
+    lr_multiplier: float | None
+    """Factor on optim.lr; null freezes the parameters."""
+
+
+@dataclass
+class StageConfig:
+    name: Literal["lm", "align", "pretrain", "sft"]
+    policy: list[ParamRule]
+    """Ordered; every parameter must match a rule, and every rule a parameter (VL §3.2, VL2 §4.1; big_vision's idea)."""
+    aux_loss_weight: float = 0.0
+    """Weight of the sequence-wise load-balancing loss of MoE layers (VL2 Table 2)."""
+    expert_bias_rate: float = 0.0
+    """Correction step of the expert bias (VL2 Table 2); 0 keeps the bias as it is."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class SourceConfig:
+    """One source of samples."""
+
+    kind: Literal["shards", "text"]
+    """shards: webdataset tars of samples. text: Megatron .bin/.idx of tokenised documents."""
+    path: str
+    """shards: a brace pattern, glob or folder of tars. text: the .bin/.idx prefix."""
+    modality: Literal["multimodal", "text"]
+    """Which steps draw from it; a sample with images must be in a multimodal source."""
+    weight: float = 1.0
+    """Share among the sources of its modality (normalised)."""
+
+
+@dataclass
+class DataConfig:
+    processor: str
+    """Folder of tokenizer.json, processor_config.json (and preprocessor_config.json for VL), in the released layout."""
+    sources: dict[str, SourceConfig]
+    """Name -> source; at least one per modality that the run uses."""
+    seq_len: int
+    """Tokens of a packed sequence; a longer sample is a counted skip (text documents are cut)."""
+    packing: bool
+    """True: a sequence is a pack of samples up to seq_len tokens. False: a sequence is one sample."""
+    batch_size: int
+    """Sequences of a global batch."""
+    micro_batch_size: int = 1
+    """Sequences computed at once on one rank; they are laid end to end, so none is padded for another's length."""
+    text_ratio: float = 0.0
+    """Target share of text steps (VL §3.2.2: 0.7; VL2 §3.2: 0.3)."""
+    text_ratio_start: float = 1.0
+    """Share of text steps at step 1, before the modality warm-up."""
+    text_warmup_steps: int = 0
+    """Steps over which the share goes from start to target; 0 = at the target from the first step."""
+    text_warmup_shape: Literal["linear", "cosine", "step"] = "linear"
+    mask_prompt: bool = True
+    """Supervise answers only. False also supervises prompts, as the released VL2 processor_config says."""
+    tile_selection: Literal["released", "paper"] = "released"
+    """released: maximise effective resolution, then least waste. paper: least padding (VL2 §2)."""
+    max_tiles: int = 9
+    """Local tiles of one image at most (VL2: m * n <= 9)."""
+    tiling_image_limit: int = 2
+    """Samples with more images than this are not tiled (VL2 §2)."""
+    window: int = 1024
+    """Samples that packing looks over at once."""
+    workers: int = 1
+    """Threads that read and decode ahead; 0 reads in the training thread. Never changes the batches."""
+    prefetch_steps: int = 2
+    """Global batches prepared ahead at most."""
+    max_bad_fraction: float = 0.01
+    """Stop the run when more than this share of the samples seen was bad (and more than 10 were)."""
+    max_image_pixels: int = 178_956_970
+    """Images with more pixels than this are refused as decompression bombs."""
+
+
+# --------------------------------------------------------------------------------------------------- parallel, engine, optim
+
+
+@dataclass
+class ParallelConfig:
+    tp: int = 1
+    """Tensor parallel size; with more than 1, sequence parallelism is on."""
+    pp: int = 1
+    """Pipeline parallel size."""
+    vpp: int = 1
+    """Virtual pipeline chunks of the language model per pipeline rank."""
+    ep: int = 1
+    """Expert parallel size; divides the data parallel size."""
+    cp: int = 1
+    """Context parallel size."""
+    vision_division: Literal["spread", "first_stage"] = "spread"
+    """Where the vision encoder runs when pp > 1 (VL2 §4.2; VL §3.3)."""
+    vision_tp: Literal["recompute", "shard"] = "recompute"
+    """recompute: every TP rank encodes all tiles (VL §3.3). shard: each encodes a share, then gather."""
+    tile_balance: bool = False
+    """Exchange tiles between data parallel ranks before encoding (VL2 §4.2)."""
+
+
+@dataclass
+class EngineConfig:
+    name: Literal["megatron", "deepspeed"] = "megatron"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = cuda where there is one. The CPU runs over gloo, CUDA over NCCL."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto = bf16 with fp32 main weights on CUDA, fp32 on CPU."""
+    timeout_s: int = 600
+    """Seconds after which a collective that hangs ends the job."""
+    zero_stage: int = 1
+    """ZeRO stage of the deepspeed engine."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning-rate schedule over run.max_steps."""
+
+    kind: Literal["cosine", "step", "constant"]
+    warmup_steps: int = 0
+    """Linear from 0."""
+    min_ratio: float = 0.0
+    """cosine: final learning rate over the peak."""
+    milestones: list[float] = field(default_factory=list)
+    """step: fractions of max_steps. VL2: [0.5, 0.75]. VL (DeepSeek-LLM's multi-step): [0.8, 0.9]."""
+    factors: list[float] = field(default_factory=list)
+    """step: learning rate over the peak from each milestone on. VL2: [0.316228, 0.1] (divide by sqrt(10)). VL: [0.316, 0.1]."""
+
+
+@dataclass
+class OptimConfig:
+    lr: float
+    """Peak learning rate; ParamRule.lr_multiplier scales it per parameter."""
+    schedule: ScheduleConfig
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled; not on biases and other one-dimensional parameters."""
+    clip_grad: float = 1.0
+    """Maximum global gradient norm; 0 = no clipping."""
+    update_idle: bool = False
+    """False: a text step leaves vision and adaptor parameters and their moments untouched, as PyTorch does for parameters without
+    gradient. True: they take a step with zero gradient, as Megatron does."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------- run
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0
+    """Save every this many steps; 0 = at the end only. The last step is always saved."""
+    keep_last: int = 2
+    """Keep this many newest checkpoints; 0 = all."""
+
+
+@dataclass
+class LoggingConfig:
+    every: int = 1
+    """Print a progress line every this many steps where there is no terminal for a bar."""
+    wandb: Literal["offline", "online", "disabled"] = "disabled"
+    wandb_project: str = "dsvl_train"
+    progress: bool = True
+    """A progress bar on rank 0."""
+
+
+@dataclass
+class LaunchConfig:
+    nproc: int = 0
+    """Ranks that train.py starts on this machine; 0 = be one process, or one rank under torchrun."""
+
+
+@dataclass
+class RunSettings:
+    name: str
+    dir: str
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/, log/."""
+    max_steps: int
+    """Steps of the run; the horizon of every schedule."""
+    seed: int = 0
+    stop_after: int | None = None
+    """Save and stop after this step, schedules unchanged; null = run to max_steps."""
+
+
+@dataclass
+class InitConfig:
+    source: str | None = None
+    """`init.from`: a checkpoint of ours whose weights (only) start this run; null = random weights."""
+
+
+@dataclass
+class RunConfig:
+    run: RunSettings
+    model: ModelConfig
+    stage: StageConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    engine: EngineConfig
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    launch: LaunchConfig
+    init: InitConfig
+    resume: str = "auto"
+    """auto: go on from the run folder's latest checkpoint if there is one. none: start anew. Else: a checkpoint folder."""
