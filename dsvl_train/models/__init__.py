@@ -1,0 +1,1 @@
+"""Vision encoders, adaptors, language models, and how they are put together."""

@@ -1,0 +1,1 @@
+"""Megatron-core start-up on CUDA and on the CPU."""
