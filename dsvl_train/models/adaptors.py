@@ -13,7 +13,7 @@ VL (§3.1, Table 10) takes two encoders' features (high = SAM, low = SigLIP), on
 
 What the paper leaves open, as decided here. Halves come in the released order, high before low, along the embedding or the sequence.
 "Token pooling" along W (or H) makes one token of two neighbours in a row (or column) by *stacking their features* before the first
-layer: §4.3 speaks of "stacking visual features along the image's width or height dimensions", and DeepSeek's own code calls a 2x2
+layer: §4.4 speaks of "stacking visual features along the image's width or height dimensions", and DeepSeek's own code calls a 2x2
 stack "token pooling" too. Nothing is averaged away, and two encoders of l tokens give l tokens. Table 10 ran that with the hybrid MLP;
 the other kinds combine with it in the same manner.
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsvl_train.config.schema import SamConfig
-from dsvl_train.models.siglip import PatchEmbed, check_pixels, normalise_pixels, run_block
+from dsvl_train.models.siglip import PatchEmbed, attend, check_pixels, normalise_pixels, run_block
 
 
 class SamState(NamedTuple):
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         bias_h = torch.einsum("bahwk,hik->bahwi", q_bassk, relative_table(self.rel_pos_h, side))
         bias_w = torch.einsum("bahwk,wjk->bahwj", q_bassk, relative_table(self.rel_pos_w, side))
         bias_batt = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(4, 5).flatten(2, 3)
-        out_batk = F.scaled_dot_product_attention(q_batk, k_batk, v_batk, attn_mask=bias_batt)
+        out_batk = attend(q_batk, k_batk, v_batk, bias_batt)
         return self.proj(out_batk.transpose(1, 2).flatten(2)).unflatten(1, (side, side))
 
 

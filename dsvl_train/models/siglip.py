@@ -44,6 +44,17 @@ def check_pixels(pixels_nchw: Tensor, image_size: int, setting: str) -> None:
         )
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(width) + bias) v over [tiles, heads, positions, width].
+
+    A rank may have no tile. PyTorch's attention then forgets the gradient of the bias, so anything of the right shape that depends on
+    all inputs takes its place, and every parameter has a (zero) gradient on every rank.
+    """
+    if q.shape[0]:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return q + k + v if bias is None else q + k + v + bias.sum(-1, keepdim=True)
+
+
 def run_block(block: nn.Module, x: Tensor, recompute: bool) -> Tensor:
     """One transformer block; with `recompute` only its input is kept, and the block runs again in the backward pass."""
     if recompute and torch.is_grad_enabled():
@@ -74,7 +85,7 @@ class Attention(nn.Module):
     def forward(self, x_nld: Tensor) -> Tensor:
         qkv_nl3ak = self.qkv(x_nld).unflatten(-1, (3, self.heads, -1))
         q_nalk, k_nalk, v_nalk = qkv_nl3ak.permute(2, 0, 3, 1, 4).unbind(0)
-        out_nalk = F.scaled_dot_product_attention(q_nalk, k_nalk, v_nalk)
+        out_nalk = attend(q_nalk, k_nalk, v_nalk)
         return self.proj(out_nalk.transpose(1, 2).flatten(2))
 
 
