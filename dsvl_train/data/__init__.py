@@ -1,0 +1,1 @@
+"""The data pipeline: from conversations and images in shards to the tensors of a training step."""
