@@ -184,7 +184,7 @@ class SamEncoder(nn.Module):
         check_pixels(pixels_nchw, self.config.image_size, "sam.image_size")
         assert self.patch_embed is not None and self.pos_embed is not None, "this part of the encoder was not kept"
         normalised_nchw = normalise_pixels(pixels_nchw, self.config.pixel_mean, self.config.pixel_std)
-        return SamState(self.patch_embed(normalised_nchw).permute(0, 2, 3, 1) + self.pos_embed)
+        return SamState(self.patch_embed(normalised_nchw).permute(0, 2, 3, 1).contiguous() + self.pos_embed)
 
     def run(self, state: SamState, layers: range) -> SamState:
         """The blocks of `layers`, in order; remembers the output of the first global layer."""

@@ -108,14 +108,17 @@ class VisionTower(nn.Module):
         return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def unpack(self, rows_nr: Tensor) -> VisionState:
-        """Undo `pack`; the number of columns tells what the state holds."""
+        """Undo `pack`; the number of columns tells what the state holds.
+
+        Parts are made contiguous: convolutions pick their algorithm by memory layout, and a cut should not change a bit.
+        """
         siglip, sam = self.config.siglip, self.config.sam
         siglip_width = siglip.tokens * siglip.width
-        siglip_nld = rows_nr[:, :siglip_width].unflatten(1, (siglip.tokens, siglip.width))
+        siglip_nld = rows_nr[:, :siglip_width].unflatten(1, (siglip.tokens, siglip.width)).contiguous()
         if sam is None:
             return VisionState(siglip_nld)
         maps = rows_nr[:, siglip_width:].split(sam.grid**2 * sam.width, dim=1)
-        return VisionState(siglip_nld, SamState(*(part.unflatten(1, (sam.grid, sam.grid, sam.width)) for part in maps)))
+        return VisionState(siglip_nld, SamState(*(part.unflatten(1, (sam.grid, sam.grid, sam.width)).contiguous() for part in maps)))
 
 
 def resize(pixels_nchw: Tensor, image_size: int) -> Tensor:

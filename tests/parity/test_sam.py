@@ -86,9 +86,9 @@ def test_features_and_gradients_are_those_of_transformers(config: SamConfig) -> 
     (expected * cotangent).sum().backward()
     of_reference = {name: p.grad for name, p in reference.named_parameters() if name.startswith("high_res_vision_")}
 
-    # worst seen on CPU in fp32: 0 (features), 1.3e-6 (gradients)
-    assert difference(features, expected) < 1e-6
-    assert worst_difference(gradients(encoder), sam_from_hf(of_reference)) < 5e-6
+    # worst seen on CPU in fp32: 5e-7 (features), 2e-6 (gradients)
+    assert difference(features, expected) < 3e-6
+    assert worst_difference(gradients(encoder), sam_from_hf(of_reference)) < 1e-5
 
 
 def test_released_size_gives_siglips_tokens_and_the_released_parameters() -> None:

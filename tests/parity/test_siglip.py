@@ -60,7 +60,7 @@ def test_features_and_gradients_are_those_of_transformers(gelu: Literal["erf", "
     (expected * cotangent).sum().backward()
 
     # worst seen on CPU in fp32: 0 (features), 1.1e-6 (gradients)
-    assert difference(features, expected) < 1e-6
+    assert difference(features, expected) < 3e-6
     assert worst_difference(gradients(encoder), siglip_from_hf(gradients(reference))) < 5e-6
 
 
