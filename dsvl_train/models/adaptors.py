@@ -58,6 +58,8 @@ def check_adaptor(adaptor: AdaptorConfig, vision: VisionConfig, hidden_size: int
     if adaptor.downsample_ratio < 1:
         raise ValueError(f"model.adaptor.downsample_ratio is {adaptor.downsample_ratio}; it must be at least 1")
     if vision.sam is None:
+        if adaptor.concat != "embedding":
+            raise ValueError(f"model.adaptor.concat {adaptor.concat} joins two encoders, but model.vision.sam is null: set it to embedding")
         return
     if adaptor.concat == "embedding" and hidden_size % 2:
         raise ValueError(f"model.language.hidden_size {hidden_size} is odd, but model.adaptor.concat embedding gives each encoder half")
