@@ -32,7 +32,9 @@ def candidate_resolutions(image_size: int, max_tiles: int = 9) -> list[tuple[int
         ValueError: `image_size` or `max_tiles` is below 1.
     """
     if image_size < 1 or max_tiles < 1:
-        raise ValueError(f"image_size={image_size} and max_tiles={max_tiles} must be at least 1; set data.max_tiles to 1 for one local tile")
+        raise ValueError(
+            f"image_size={image_size} and max_tiles={max_tiles} must be at least 1; set data.max_tiles to 1 for one local tile"
+        )
     grids = [(wide, high) for wide in range(1, max_tiles + 1) for high in range(1, max_tiles // wide + 1)]
     grids.sort(key=lambda grid: (grid[0] * grid[1], min(grid), grid[0]))
     return [(wide * image_size, high * image_size) for wide, high in grids]

@@ -174,7 +174,9 @@ class Vl2Template:
             return tokenise_document(messages[0].content, tokenizer, image_count, inference=inference)
         for message in messages:
             if message.role != "user" and tokenizer.image_token in message.content:
-                raise SampleError("bad_conversation", f"{tokenizer.image_token} in a message of the {message.role}; VL2 has images in user turns")
+                raise SampleError(
+                    "bad_conversation", f"{tokenizer.image_token} in a message of the {message.role}; VL2 has images in user turns"
+                )
         tags = sum(message.content.count(tokenizer.image_token) for message in messages)
         check_image_count(tags, image_count, tokenizer.image_token)
 
@@ -217,7 +219,9 @@ class VlTemplate:
         self._tokenizer = tokenizer
         self._mask_prompt = mask_prompt
         if tokenizer.eos_token != EOS_TOKEN:
-            raise ValueError(f"eos_token is {tokenizer.eos_token!r}, but the template ends answers with {EOS_TOKEN!r}; name that as eos_token")
+            raise ValueError(
+                f"eos_token is {tokenizer.eos_token!r}, but the template ends answers with {EOS_TOKEN!r}; name that as eos_token"
+            )
 
     def tokenise(self, messages: Sequence[Message], image_count: int, *, inference: bool = False) -> TokenisedText:
         """Ids and supervision of a conversation.

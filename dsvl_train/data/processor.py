@@ -26,7 +26,15 @@ from dsvl_train.config.geometry import TileRule, candidate_resolutions, select_t
 from .batch import IGNORE_INDEX
 from .conversation import TEMPLATES, TokenisedText, Vl2Template, VlTemplate, parse_messages
 from .errors import SampleError
-from .processor_folder import Vl2Settings, VlSettings, padding_colour, read_family, read_vl2_settings, read_vl_settings, write_processor_folder
+from .processor_folder import (
+    Vl2Settings,
+    VlSettings,
+    padding_colour,
+    read_family,
+    read_vl2_settings,
+    read_vl_settings,
+    write_processor_folder,
+)
 from .tiling import ImageSource, check_image_size, decode_rgb, fill_vl2_tiles, fill_vl_square, open_image
 from .tokenizer import VL2_ADDED_TOKENS, Tokenizer
 

@@ -78,7 +78,7 @@ class _JsonFile:
         return value
 
     def positive(self, key: str) -> int:
-        value = self.get(key, int)
+        value: int = self.get(key, int)
         if value < 1:
             raise ValueError(f"{self.path}: {key} = {value}; must be at least 1")
         return value
@@ -92,7 +92,9 @@ class _JsonFile:
     def require(self, key: str, kind: type, expected: Any) -> None:
         value = self.get(key, kind)
         if value != expected:
-            raise ValueError(f"{self.path}: {key} = {value!r} is not supported; this code implements {expected!r}, as the released models have")
+            raise ValueError(
+                f"{self.path}: {key} = {value!r} is not supported; this code implements {expected!r}, as the released models have"
+            )
 
 
 def read_family(folder: str | Path) -> Family:
@@ -154,11 +156,15 @@ def read_vl2_settings(folder: str | Path) -> Vl2Settings:
 
 def _read_candidates(file: _JsonFile) -> tuple[tuple[int, int], ...]:
     pairs = file.get("candidate_resolutions", list)
-    if not pairs or not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair) for pair in pairs):
+    if not pairs or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair) for pair in pairs
+    ):
         raise ValueError(f"{file.path}: candidate_resolutions = {pairs!r}; expected a list of [width, height] in pixels")
     side = pairs[0][0]
     if pairs[0] != [side, side] or any(width % side or height % side for width, height in pairs):
-        raise ValueError(f"{file.path}: candidate_resolutions must begin with one tile and hold multiples of its side {side}, found {pairs}")
+        raise ValueError(
+            f"{file.path}: candidate_resolutions must begin with one tile and hold multiples of its side {side}, found {pairs}"
+        )
     return tuple((width, height) for width, height in pairs)
 
 

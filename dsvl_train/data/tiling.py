@@ -1,12 +1,13 @@
 """From image files to uint8 tiles, with Pillow alone, bit for bit as the released processors do it.
 
-Normalisation is left to the vision tower: uint8 is a quarter of the bytes to move, and exact. Array names: `pixels_nchw` is [tiles, 3, side,
-side]; sizes are (width, height).
+Normalisation is left to the vision tower: uint8 is a quarter of the bytes to move, and exact. Sizes are (width, height);
+`pixels_nchw` is [tiles, 3, side, side].
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -35,22 +36,26 @@ def open_image(source: ImageSource, max_image_pixels: int) -> Image.Image:
     """Open an image and check its size from the header, before anything is decoded.
 
     Raises:
-        SampleError: `image_missing` - no such file. `image_broken` - not an image. `image_bomb` - more than `max_image_pixels` pixels.
+        SampleError: `image_missing` - no such file. `unreadable` - the file cannot be read. `image_broken` - not an image. `image_bomb` -
+            more than `max_image_pixels` pixels.
     """
     if isinstance(source, Image.Image):
-        image = source
-    else:
-        opened = io.BytesIO(source) if isinstance(source, bytes) else source
-        try:
-            image = Image.open(opened, formats=_readable_formats())
-        except FileNotFoundError as error:
-            raise SampleError("image_missing", f"image file {source} does not exist") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise SampleError("image_bomb", f"image refused by Pillow: {error}") from error
-        except MemoryError:
-            raise
-        except Exception as error:  # Pillow's plugins raise whatever a damaged header leads them to
-            raise SampleError("image_broken", f"image cannot be opened: {type(error).__name__}: {error}") from error
+        check_image_size(source.size, max_image_pixels)
+        return source
+    try:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except FileNotFoundError as error:
+        raise SampleError("image_missing", f"image file {error.filename} does not exist") from error
+    except OSError as error:
+        raise SampleError("unreadable", f"image file cannot be read: {error}") from error
+    try:
+        image = Image.open(io.BytesIO(content), formats=_readable_formats())
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SampleError("image_bomb", f"image refused by Pillow: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever a damaged header leads them to
+        raise SampleError("image_broken", f"image cannot be opened: {type(error).__name__}: {error}") from error
     check_image_size(image.size, max_image_pixels)
     return image
 
@@ -79,7 +84,9 @@ def decode_rgb(image: Image.Image) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # as above; nothing of ours runs inside
-        raise SampleError("image_broken", f"image of {header_wh[0]}x{header_wh[1]} does not decode: {type(error).__name__}: {error}") from error
+        raise SampleError(
+            "image_broken", f"image of {header_wh[0]}x{header_wh[1]} does not decode: {type(error).__name__}: {error}"
+        ) from error
     if rgb.size != header_wh:
         raise SampleError("image_broken", f"image decodes to {rgb.size}, but its header says {header_wh}")
     return rgb
@@ -90,18 +97,34 @@ def fill_vl2_tiles(
 ) -> None:
     """Write the thumbnail and the local tiles of an image, row by row, into `pixels_nchw` [1 + wide * high, 3, side, side].
 
-    Both views are resized bicubically within their canvas and centred on `colour` (released VL2 `tokenize_with_images`).
+    Both views are what `ImageOps.pad` gives: resized bicubically within their canvas, and centred on `colour` (released VL2
+    `tokenize_with_images`).
 
     Raises:
         SampleError: `image_broken` - too thin for Pillow to resize.
     """
     wide, high = tiles_wh
-    thumbnail = _pad(rgb, (side, side), colour)
-    _write_tiles(thumbnail, 1, 1, pixels_nchw[:1])
+    _write_view(rgb, 1, 1, colour, pixels_nchw[:1])
     if tiles_wh == (1, 1):
         pixels_nchw[1] = pixels_nchw[0]
     else:
-        _write_tiles(_pad(rgb, (wide * side, high * side), colour), wide, high, pixels_nchw[1:])
+        _write_view(rgb, wide, high, colour, pixels_nchw[1:])
+
+
+def _write_view(rgb: Image.Image, wide: int, high: int, colour: tuple[int, int, int], pixels_nchw: NDArray[np.uint8]) -> None:
+    """Resize to a canvas of wide x high tiles and cut them, row by row. Plane by plane, since whole rows of a tile are then contiguous: 5
+    times faster than transposing interleaved RGB."""
+    side = pixels_nchw.shape[-1]
+    canvas_wh = (wide * side, high * side)
+    try:
+        resized = ImageOps.contain(rgb, canvas_wh)
+    except (ValueError, OSError) as error:
+        raise SampleError("image_broken", f"image of {rgb.size} cannot be resized to {canvas_wh}: {error}") from error
+    # round(): half to even, as ImageOps.pad centres.
+    left, top = round((canvas_wh[0] - resized.width) * 0.5), round((canvas_wh[1] - resized.height) * 0.5)
+    grid = pixels_nchw.reshape(high, wide, 3, side, side)
+    for channel, plane in enumerate(_centred_planes(resized, canvas_wh, left, top, colour)):
+        grid[:, :, channel] = plane.reshape(high, side, wide, side).transpose(0, 2, 1, 3)
 
 
 def fill_vl_square(rgb: Image.Image, side: int, min_side: int, colour: tuple[int, int, int], pixels_chw: NDArray[np.uint8]) -> None:
@@ -116,28 +139,22 @@ def fill_vl_square(rgb: Image.Image, side: int, min_side: int, colour: tuple[int
     except (ValueError, OSError) as error:
         raise SampleError("image_broken", f"image of {rgb.size} cannot be resized to {size_wh}: {error}") from error
     left, top = (side - size_wh[0]) // 2, (side - size_wh[1]) // 2
-    if size_wh != (side, side):
-        pixels_chw[:] = np.asarray(colour, dtype=np.uint8)[:, None, None]
-    for plane, band in zip(pixels_chw, resized.split(), strict=True):
-        plane[top : top + size_wh[1], left : left + size_wh[0]] = _plane(band)
+    for channel, plane in enumerate(_centred_planes(resized, (side, side), left, top, colour)):
+        pixels_chw[channel] = plane
 
 
-def _pad(rgb: Image.Image, size_wh: tuple[int, int], colour: tuple[int, int, int]) -> Image.Image:
-    try:
-        return ImageOps.pad(rgb, size_wh, color=colour)
-    except (ValueError, OSError) as error:
-        raise SampleError("image_broken", f"image of {rgb.size} cannot be resized to {size_wh}: {error}") from error
-
-
-def _write_tiles(view: Image.Image, wide: int, high: int, pixels_nchw: NDArray[np.uint8]) -> None:
-    """Cut a view of wide x high tiles, row by row. Plane by plane, since whole rows of a tile are then contiguous: 5 times faster than
-    transposing interleaved RGB."""
-    side = pixels_nchw.shape[-1]
-    grid = pixels_nchw.reshape(high, wide, 3, side, side)
-    for channel, band in enumerate(view.split()):
-        grid[:, :, channel] = _plane(band).reshape(high, side, wide, side).transpose(0, 2, 1, 3)
-
-
-def _plane(band: Image.Image) -> NDArray[np.uint8]:
-    """One channel as [height, width]."""
-    return np.frombuffer(band.tobytes(), dtype=np.uint8).reshape(band.height, band.width)
+def _centred_planes(
+    resized: Image.Image, canvas_wh: tuple[int, int], left: int, top: int, colour: tuple[int, int, int]
+) -> Iterator[NDArray[np.uint8]]:
+    """Red, green and blue of a canvas [height, width] that holds the image at (left, top) and `colour` around it."""
+    right, bottom = left + resized.width, top + resized.height
+    for value, band in zip(colour, resized.split(), strict=True):
+        plane = np.frombuffer(band.tobytes(), dtype=np.uint8).reshape(band.height, band.width)
+        if resized.size == canvas_wh:
+            yield plane
+            continue
+        canvas = np.empty((canvas_wh[1], canvas_wh[0]), dtype=np.uint8)
+        canvas[:top], canvas[bottom:] = value, value
+        canvas[top:bottom, :left], canvas[top:bottom, right:] = value, value
+        canvas[top:bottom, left:right] = plane
+        yield canvas

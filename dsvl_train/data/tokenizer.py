@@ -1,7 +1,8 @@
 """Tokenizers in Hugging Face folders (JSON only, no transformers), and a small byte-level BPE for demos.
 
-A folder holds `tokenizer.json` (vocabulary, merges, added tokens), `tokenizer_config.json` and, optionally, `special_tokens_map.json` (which
-of them are bos, eos, pad). Special tokens are found by their string, never by number: their ids differ between the released models.
+A folder holds `tokenizer.json` (vocabulary, merges, added tokens), `tokenizer_config.json` and, optionally,
+`special_tokens_map.json` (which of them are bos, eos, pad). Special tokens are found by their string, never by number: their ids
+differ between the released models.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, image_token: str, added_tokens: Sequence[str] = (), pad_token: str | None = None) -> Tokenizer:
+    def from_folder(
+        cls, folder: str | Path, *, image_token: str, added_tokens: Sequence[str] = (), pad_token: str | None = None
+    ) -> Tokenizer:
         """Read a tokenizer folder.
 
         Args:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dsvl_train.data.processor import Measured, Processor
 
@@ -39,10 +40,11 @@ def test_sample_equals_the_released_output(number: int, processor: Processor, go
 
 @pytest.mark.parametrize("number", range(len(SAMPLES)))
 def test_measure_equals_the_released_sizes(number: int, processor: Processor, golden: dict[str, np.ndarray]) -> None:
-    from PIL import Image
-
     sample = SAMPLES[number]
-    sizes = [Image.open(DATA / name).size for name in sample["images"]]
+    sizes = []
+    for name in sample["images"]:
+        with Image.open(DATA / name) as image:
+            sizes.append(image.size)
     assert processor.measure(sample["messages"], sizes) == Measured(
         tokens=len(golden[f"{number}.input_ids"]),
         supervised_tokens=int((golden[f"{number}.labels"][1:] != -100).sum()),
