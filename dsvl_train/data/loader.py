@@ -1,0 +1,282 @@
+"""The loader: carries out the plan.
+
+    planner -> global batch -> this rank's micro-batches -> threads read, decode, tile -> micro-batches in their planned order
+
+What is planned never depends on what is read: a sample that fails leaves masked padding of its planned length, so the plan holds on every
+rank. Threads only decide when a micro-batch is ready, never what is in it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsvl_train.config.schema import DataConfig
+from dsvl_train.data.assemble import lay_out, placeholder
+from dsvl_train.data.batch import MicroBatch, Modality, StepBatch
+from dsvl_train.data.cursor import Cursor
+from dsvl_train.data.errors import SampleError
+from dsvl_train.data.mixing import text_share_schedule
+from dsvl_train.data.plan import GlobalBatchPlan, Pack, Planner, RankShare, SampleRef, assign, check_divides
+from dsvl_train.data.processor import Processor
+from dsvl_train.data.sources import SampleArrays, Source, SourceSummary, describe_sources, open_sources, summarise
+from dsvl_train.data.workers import WorkerPool
+
+log = logging.getLogger(__name__)
+
+
+class TooManyBadSamples(ValueError):
+    """More samples than data.max_bad_fraction allows could not be used."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that was replaced by padding."""
+
+    kind: str
+    source: str
+    sample: str
+    reason: str
+
+
+@dataclass
+class _Pending:
+    """A step whose micro-batches are being made."""
+
+    plan: GlobalBatchPlan
+    after: Cursor
+    shares: list[RankShare]
+    micro_batches: list[Future[tuple[MicroBatch, list[BadSample]]]]
+
+
+class DataPipeline:
+    """Global batches of a run, one rank's share of each; iterate to get `StepBatch`es of steps start + 1 to max_steps.
+
+    Attributes:
+        source_names: names of the sources, in the order of data.sources (`MicroBatch.source_s` counts in it).
+        bad_samples: dicts of kind, source, sample, reason and step; step 0 = found by the index, in no plan.
+        processor: what encodes the samples.
+    """
+
+    def __init__(
+        self, cfg: DataConfig, sources: Sequence[Source], processor: Processor, *, seed: int, max_steps: int, dp_rank: int, dp_size: int
+    ) -> None:
+        check_divides(cfg.batch_size, cfg.micro_batch_size, dp_size)
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"dp_rank={dp_rank} of dp_size={dp_size}")
+        self.cfg, self.processor, self.max_steps = cfg, processor, max_steps
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.source_names = [source.name for source in sources]
+        self.bad_samples: list[dict[str, Any]] = [
+            {"kind": skipped.kind, "source": source.name, "sample": f"{skipped.shard}:{skipped.key}", "reason": skipped.reason, "step": 0}
+            for source in sources
+            for skipped in source.skipped
+        ]
+        self.planner = Planner(sources, cfg, seed)
+        self._sources = list(sources)
+        self._pool = WorkerPool(cfg.workers, "data")
+        self._ahead = max(cfg.prefetch_steps, 1) if cfg.workers else 0
+        self._pending: deque[_Pending] = deque()
+        self._yielded = Cursor()
+        self._planned = Cursor()
+        self._seen = self._bad = 0
+        self._closed = False
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self
+
+    def __next__(self) -> StepBatch:
+        """The next step's micro-batches of this rank.
+
+        Raises:
+            TooManyBadSamples: beyond data.max_bad_fraction.
+        """
+        if self._closed:
+            raise RuntimeError("the data pipeline is closed")
+        self._look_ahead(max(self._ahead, 1))
+        if not self._pending:
+            raise StopIteration
+        step = self._pending.popleft()
+        made = [future.result() for future in step.micro_batches]
+        self._look_ahead(self._ahead)
+        self._yielded = step.after
+        bad = [entry for _, entries in made for entry in entries]
+        self._account(step, bad)
+        return StepBatch(
+            step=step.plan.step,
+            modality=step.plan.modality,
+            micro_batches=[micro_batch for micro_batch, _ in made],
+            text_share=step.plan.text_share,
+            text_share_target=step.plan.text_share_target,
+            text_ratio=step.plan.text_ratio,
+            pack_fill=step.plan.fill,
+            tiles_per_rank=[sum(pack.tiles for packs in share for pack in packs) for share in step.shares],
+            bad_samples=len(bad),
+        )
+
+    # ------------------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Any]:
+        """The cursor after the last step that was handed out: JSON-able, small, the same on every rank and for every layout."""
+        return self.planner.state(self._yielded)
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on after the step that `state` was taken at; what was read ahead is dropped.
+
+        Raises:
+            ValueError: the data or the settings behind the order changed (`Planner.restore`).
+        """
+        cursor = self.planner.restore(state)
+        for step in self._pending:
+            for future in step.micro_batches:
+                future.cancel()
+        self._pending.clear()
+        self._yielded = self._planned = cursor
+
+    def close(self) -> None:
+        """Stop the threads. Nothing can be read afterwards."""
+        self._closed = True
+        self._pool.close()
+        self._pending.clear()
+        for source in self._sources:
+            source.close()
+
+    def __enter__(self) -> DataPipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def summaries(self) -> list[SourceSummary]:
+        """What each source holds."""
+        weights = {name: weight for of_modality in self.planner.weights.values() for name, weight in of_modality.items()}
+        return summarise(self._sources, weights)
+
+    # ------------------------------------------------------------------------------------------------------------- steps
+
+    def _look_ahead(self, steps: int) -> None:
+        """Plan and begin to read until `steps` steps are pending."""
+        while len(self._pending) < steps and self._planned.step < self.max_steps:
+            plan, self._planned = self.planner.plan(self._planned)
+            shares = assign(plan.packs, self.dp_size, self.cfg.micro_batch_size)
+            micro_batches = [self._begin(packs, plan.modality) for packs in shares[self.dp_rank]]
+            self._pending.append(_Pending(plan, self._planned, shares, micro_batches))
+
+    def _begin(self, packs: Sequence[Pack], modality: Modality) -> Future[tuple[MicroBatch, list[BadSample]]]:
+        """Queue the samples of a micro-batch; the thread that finishes the last one lays them out."""
+        refs = [sample for pack in packs for sample in pack.samples]
+        done: Future[tuple[MicroBatch, list[BadSample]]] = Future()
+        results: list[SampleArrays | BadSample | None] = [None] * len(refs)
+        left = len(refs)
+        lock = threading.Lock()
+
+        def read(place: int) -> None:
+            nonlocal left
+            if done.cancelled() or done.done():
+                return
+            try:
+                results[place] = self._read(refs[place])
+                with lock:
+                    left -= 1
+                    last = left == 0
+                if last:
+                    done.set_result(self._lay_out(refs, results, modality))
+            except BaseException as error:  # not swallowed: raised again in the training thread, with its traceback
+                with lock:
+                    if not done.done():
+                        done.set_exception(error)
+
+        for place in range(len(refs)):
+            self._pool.submit(partial(read, place))
+        return done
+
+    def _read(self, ref: SampleRef) -> SampleArrays | BadSample:
+        """A sample as planned, or why not."""
+        source = self._sources[ref.source]
+        try:
+            sample = source.read(ref.index)
+        except SampleError as error:
+            return BadSample(error.kind, source.name, source.where(ref.index), str(error))
+        found = (len(sample.tokens_t), sample.tiles)
+        if found != (ref.tokens, ref.tiles):
+            reason = f"{found[0]} tokens and {found[1]} tiles; the index says {ref.tokens} and {ref.tiles}"
+            return BadSample("plan_mismatch", source.name, source.where(ref.index), reason)
+        return sample
+
+    def _lay_out(
+        self, refs: Sequence[SampleRef], results: Sequence[SampleArrays | BadSample | None], modality: Modality
+    ) -> tuple[MicroBatch, list[BadSample]]:
+        samples, bad = [], []
+        for ref, result in zip(refs, results, strict=True):
+            assert result is not None
+            if isinstance(result, BadSample):
+                bad.append(result)
+                samples.append(placeholder(ref.tokens, self.processor.tokenizer.pad_id))
+            else:
+                samples.append(result)
+        is_bad = [isinstance(result, BadSample) for result in results]
+        return lay_out(samples, is_bad, [ref.source for ref in refs], modality, self.processor.image_size), bad
+
+    def _account(self, step: _Pending, bad: Sequence[BadSample]) -> None:
+        """Record bad samples, and stop when they are too many of those this rank has seen."""
+        for entry in bad:
+            log.warning("step %d: bad sample in %s, %s: %s: %s", step.plan.step, entry.source, entry.sample, entry.kind, entry.reason)
+            self.bad_samples.append({**vars(entry), "step": step.plan.step})
+        self._seen += sum(len(pack.samples) for packs in step.shares[self.dp_rank] for pack in packs)
+        self._bad += len(bad)
+        if self._bad > 10 and self._bad > self.cfg.max_bad_fraction * self._seen:
+            kinds = Counter((entry["source"], entry["kind"]) for entry in self.bad_samples if entry["step"] > 0)
+            listed = ", ".join(f"{source} {kind} {count}" for (source, kind), count in sorted(kinds.items()))
+            raise TooManyBadSamples(
+                f"{self._bad} of {self._seen} samples were bad by step {step.plan.step} ({listed}), the last one "
+                f"{bad[-1].sample if bad else self.bad_samples[-1]['sample']}: above data.max_bad_fraction={self.cfg.max_bad_fraction}. "
+                "Correct the data of these sources, or set data.max_bad_fraction higher"
+            )
+
+
+def open_processor(cfg: DataConfig) -> Processor:
+    """The processor that a configuration asks for.
+
+    Raises:
+        FileNotFoundError: its folder, or a file in it, is missing; names data.processor.
+    """
+    if not Path(cfg.processor).is_dir():
+        raise FileNotFoundError(
+            f"data.processor={cfg.processor}: the folder does not exist; it holds tokenizer.json and processor_config.json: prepare the "
+            "data, or correct the setting"
+        )
+    return Processor.from_folder(
+        cfg.processor,
+        mask_prompt=cfg.mask_prompt,
+        tile_selection=cfg.tile_selection,
+        max_tiles=cfg.max_tiles,
+        tiling_image_limit=cfg.tiling_image_limit,
+        max_image_pixels=cfg.max_image_pixels,
+    )
+
+
+def build_data(cfg: DataConfig, *, seed: int, max_steps: int, dp_rank: int, dp_size: int, build_index: bool = True) -> DataPipeline:
+    """Open everything that a configuration names, and lay out the run from step 1.
+
+    Args:
+        build_index: make missing and stale indexes. True in one process only; the others call with False once that one is done.
+
+    Raises:
+        FileNotFoundError: processor, shards, corpus or index missing; names the setting and what to do.
+        ValueError: settings or data that cannot work together.
+    """
+    text_share_schedule(cfg)
+    check_divides(cfg.batch_size, cfg.micro_batch_size, dp_size)
+    processor = open_processor(cfg)
+    sources = open_sources(cfg, processor, build_index=build_index)
+    pipeline = DataPipeline(cfg, sources, processor, seed=seed, max_steps=max_steps, dp_rank=dp_rank, dp_size=dp_size)
+    if dp_rank == 0:
+        log.info("data:\n%s", describe_sources(pipeline.summaries()))
+    return pipeline

@@ -1,0 +1,324 @@
+"""The plan: what every global batch holds, before any byte is read.
+
+    sources' lengths -> one shuffled stream of samples per modality (epochs, weights) -> windows, packed -> packs in a shuffled order
+    step -> its modality (error diffusion) -> the next batch_size packs of that modality -> ranks and micro-batches, balanced
+
+`Planner.plan` is a function of (sources, settings, seed, cursor). Nothing in it knows data-parallel size, workers or what was read; only
+`assign` distributes a finished global batch over ranks. So runs on any layout see the same global batches, and a resume only needs the
+cursor (`cursor.py`).
+
+Every sample of a source is drawn exactly once per epoch of that source.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from dsvl_train.config.schema import DataConfig
+from dsvl_train.data.batch import Modality
+from dsvl_train.data.cursor import Cursor, Draw, StreamCursor
+from dsvl_train.data.mixing import choose_modality, draw_sources, normalised_weights, text_share_schedule
+from dsvl_train.data.order import EpochOrder, Ints, name_key, seeded_permutation
+from dsvl_train.data.packing import pack_window
+
+MODALITIES: tuple[Modality, ...] = ("text", "multimodal")
+
+
+class PlannableSource(Protocol):
+    """What planning needs to know of a source."""
+
+    name: str
+    modality: Modality
+    shard_sizes: Ints
+    """Samples per shard, in the order of sample numbers."""
+
+    def lengths(self, samples: Ints) -> Ints:
+        """Tokens of samples."""
+        ...
+
+    def tiles(self, samples: Ints) -> Ints:
+        """Tiles of samples."""
+        ...
+
+    def identity(self) -> str:
+        """Changes when sample numbers would mean other samples."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """One sample of the plan."""
+
+    source: int
+    """Place of its source in data.sources."""
+    epoch: int
+    index: int
+    """Number of the sample within its source."""
+    tokens: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A sequence: samples laid end to end."""
+
+    samples: tuple[SampleRef, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(sample.tokens for sample in self.samples)
+
+    @property
+    def tiles(self) -> int:
+        return sum(sample.tiles for sample in self.samples)
+
+
+@dataclass(frozen=True)
+class GlobalBatchPlan:
+    """What one optimiser step trains on, on all ranks together."""
+
+    step: int
+    modality: Modality
+    packs: tuple[Pack, ...]
+    text_share: float
+    """Realised share of text steps, this one included."""
+    text_share_target: float
+    """Mean of the schedule up to and including this step."""
+    text_ratio: float
+    """The schedule at this step."""
+    fill: float
+    """Tokens over capacity of the sequences; 1 when not packing."""
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A packed window and the cursor of the one after it."""
+
+    packs: tuple[tuple[Draw, ...], ...]
+    refs: Mapping[Draw, SampleRef]
+    following: StreamCursor
+
+
+class Planner:
+    """Lays out global batches; see the module's docstring."""
+
+    def __init__(self, sources: Sequence[PlannableSource], cfg: DataConfig, seed: int) -> None:
+        """`sources` in the order of `cfg.sources`.
+
+        Raises:
+            ValueError: settings that contradict each other or a source without samples.
+        """
+        if cfg.batch_size < 1 or cfg.window < 1:
+            raise ValueError(f"data.batch_size={cfg.batch_size} and data.window={cfg.window} must be 1 or more")
+        self.cfg = cfg
+        self.seed = seed % 2**64
+        self.schedule = text_share_schedule(cfg)
+        self.sources = list(sources)
+        self.number = {source.name: number for number, source in enumerate(self.sources)}
+        self.weights = {modality: normalised_weights(cfg.sources, modality) for modality in MODALITIES}
+        for source in self.sources:
+            if int(np.sum(source.shard_sizes)) == 0 and cfg.sources[source.name].weight > 0:
+                raise ValueError(f"data.sources.{source.name} holds no usable sample (data.seq_len={cfg.seq_len})")
+        self.orders = [EpochOrder(source.shard_sizes, self.seed, source.name) for source in self.sources]
+        self._windows: dict[Modality, tuple[StreamCursor, _Window]] = {}
+
+    def plan(self, cursor: Cursor) -> tuple[GlobalBatchPlan, Cursor]:
+        """The global batch after `cursor`, and the cursor after it."""
+        step = cursor.step + 1
+        ratio = self.schedule.at(step)
+        target_sum = cursor.target_sum + ratio
+        modality = choose_modality(target_sum, cursor.text_steps)
+        text_steps = cursor.text_steps + (modality == "text")
+        stream = cursor.streams.get(modality) or StreamCursor.fresh(tuple(self.weights[modality]))
+        packs, stream = self._take(modality, stream, self.cfg.batch_size)
+        plan = GlobalBatchPlan(
+            step=step,
+            modality=modality,
+            packs=packs,
+            text_share=text_steps / step,
+            text_share_target=target_sum / step,
+            text_ratio=ratio,
+            fill=sum(pack.tokens for pack in packs) / (len(packs) * self.cfg.seq_len) if self.cfg.packing else 1.0,
+        )
+        return plan, Cursor(step, text_steps, target_sum, {**cursor.streams, modality: stream})
+
+    # ------------------------------------------------------------------------------------------------------------- state
+
+    def state(self, cursor: Cursor) -> dict[str, Any]:
+        """The cursor as JSON, with what it was planned from."""
+        return {
+            **cursor.as_json(),
+            "plan": {
+                "seed": self.seed,
+                "seq_len": self.cfg.seq_len,
+                "packing": self.cfg.packing,
+                "window": self.cfg.window,
+                "weights": {modality: dict(weights) for modality, weights in self.weights.items()},
+                "identity": {source.name: source.identity() for source in self.sources},
+            },
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> Cursor:
+        """The cursor of a state. Batch size, schedule, layout and workers may have changed freely.
+
+        When weights, window or packing changed, or sources were added, what was left of the current window is trained on among the first
+        samples drawn by the new settings, so that no sample is lost or repeated.
+
+        Raises:
+            ValueError: seed, seq_len or the data behind a source changed: the same numbers would mean other samples.
+        """
+        cursor = Cursor.from_json(dict(state))
+        then = state["plan"]
+        for setting, name, now in (("seed", "run.seed", self.seed), ("seq_len", "data.seq_len", self.cfg.seq_len)):
+            if then[setting] != now:
+                raise ValueError(
+                    f"{name}={now}, but the checkpoint's data order was made with {then[setting]}: set it back, or resume=none"
+                )
+        for name, identity in then["identity"].items():
+            if name not in self.number:
+                raise ValueError(
+                    f"data.sources.{name} is in the checkpoint's data state and not in the configuration: "
+                    "keep it, or start the order anew with resume=none"
+                )
+            if self.sources[self.number[name]].identity() != identity:
+                raise ValueError(
+                    f"the data of data.sources.{name} changed since the checkpoint: its place in it is lost; put it back, or resume=none"
+                )
+        unchanged = then["packing"] == self.cfg.packing and then["window"] == self.cfg.window and then["weights"] == self.weights
+        return cursor if unchanged else replace(cursor, streams=self._carry_over(cursor.streams, then))
+
+    def _carry_over(self, streams: Mapping[str, StreamCursor], then: Mapping[str, Any]) -> dict[str, StreamCursor]:
+        """Streams that go on under new settings, with the packs left over from the old ones' windows as started packs."""
+        old = Planner(self.sources, replace(self.cfg, packing=then["packing"], window=then["window"]), self.seed)
+        old.weights = {modality: dict(then["weights"][modality]) for modality in MODALITIES}
+        moved: dict[str, StreamCursor] = {}
+        for modality in MODALITIES:
+            stream, names = streams.get(modality), tuple(self.weights[modality])
+            if stream is None or not names:
+                continue
+            if missing := [name for name in stream.names if name not in names]:
+                raise ValueError(f"data.sources.{missing[0]} had modality {modality} in the checkpoint: set it back, or resume=none")
+            window = old._window(modality, stream)
+            left = (*window.packs[stream.offset :], *window.following.started)
+            drawn = dict(zip(stream.names, window.following.drawn, strict=True))
+            moved[modality] = StreamCursor(
+                names=names,
+                drawn=tuple(drawn.get(name, 0) for name in names),
+                credits=(0.0,) * len(names),
+                started=tuple(tuple((names.index(stream.names[source]), ordinal) for source, ordinal in pack) for pack in left),
+                window=stream.window + 1,
+            )
+        return moved
+
+    # ----------------------------------------------------------------------------------------------------------- streams
+
+    def _take(self, modality: Modality, stream: StreamCursor, count: int) -> tuple[tuple[Pack, ...], StreamCursor]:
+        """The next `count` packs of a stream."""
+        taken: list[Pack] = []
+        while len(taken) < count:
+            window = self._window(modality, stream)
+            draws = window.packs[stream.offset : stream.offset + count - len(taken)]
+            taken += [Pack(tuple(window.refs[draw] for draw in pack)) for pack in draws]
+            used = stream.offset + len(draws)
+            stream = replace(stream, offset=used) if used < len(window.packs) else window.following
+        return tuple(taken), stream
+
+    def _window(self, modality: Modality, stream: StreamCursor) -> _Window:
+        """The window that a stream stands in; the last one of each modality is remembered."""
+        start = replace(stream, offset=0)
+        known = self._windows.get(modality)
+        if known is None or known[0] != start:
+            known = (start, self._make_window(modality, start))
+            self._windows[modality] = known
+        return known[1]
+
+    def _make_window(self, modality: Modality, start: StreamCursor) -> _Window:
+        chosen, credits = draw_sources(list(self.weights[modality].values()), start.credits, self.cfg.window)
+        drawn = list(start.drawn)
+        draws: list[Draw] = [draw for pack in start.started for draw in pack]
+        carried = len(draws)
+        for source in chosen:
+            draws.append((source, drawn[source]))
+            drawn[source] += 1
+        refs = self._refs(start.names, draws)
+        packs: list[tuple[Draw, ...]]
+        if self.cfg.packing:
+            places = iter(range(carried))
+            started = [[next(places) for _ in pack] for pack in start.started]
+            packed = pack_window([ref.tokens for ref in refs], self.cfg.seq_len, started)
+            shuffle = seeded_permutation(len(packed.closed), self.seed, name_key(modality), start.window)
+            packs = [tuple(draws[place] for place in packed.closed[at]) for at in shuffle]
+            still_open = tuple(tuple(draws[place] for place in pack) for pack in packed.open)
+        else:
+            packs, still_open = [(draw,) for draw in draws], ()
+        following = StreamCursor(start.names, tuple(drawn), tuple(credits), still_open, start.window + 1)
+        return _Window(tuple(packs), dict(zip(draws, refs, strict=True)), following)
+
+    def _refs(self, names: Sequence[str], draws: Sequence[Draw]) -> list[SampleRef]:
+        """Samples of draws, with their lengths."""
+        refs: list[SampleRef | None] = [None] * len(draws)
+        for of_modality, name in enumerate(names):
+            places = [place for place, (source, _) in enumerate(draws) if source == of_modality]
+            number = self.number[name]
+            found = [self.orders[number].sample(draws[place][1]) for place in places]
+            samples = np.asarray([sample for _, sample in found], dtype=np.int64)
+            lengths, tiles = self.sources[number].lengths(samples), self.sources[number].tiles(samples)
+            for place, (epoch, sample), length, tile in zip(places, found, lengths.tolist(), tiles.tolist(), strict=True):
+                refs[place] = SampleRef(number, epoch, sample, length, tile)
+        return [ref for ref in refs if ref is not None]
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+
+RankShare = tuple[tuple[Pack, ...], ...]
+"""A rank's micro-batches, each some packs."""
+
+
+def check_divides(batch_size: int, micro_batch_size: int, dp_size: int) -> None:
+    """Raises ValueError unless a global batch divides over ranks and micro-batches."""
+    if min(batch_size, micro_batch_size, dp_size) < 1 or batch_size % (dp_size * micro_batch_size):
+        raise ValueError(
+            f"data.batch_size={batch_size} does not divide into {dp_size} data-parallel ranks of micro-batches of "
+            f"data.micro_batch_size={micro_batch_size}: set data.batch_size to a multiple of {dp_size * micro_batch_size}, "
+            "or change data.micro_batch_size or the number of ranks"
+        )
+
+
+def assign(packs: Sequence[Pack], dp_size: int, micro_batch_size: int) -> list[RankShare]:
+    """Distribute a global batch: per rank the same number of packs, with tokens and tiles as even as a greedy choice makes them.
+
+    Longest processing time first: the costliest pack goes to the rank with the least so far. A pack's cost is its share of the batch's
+    tokens plus its share of the batch's tiles. Within a rank the packs are divided in the same way over micro-batches, ordered by falling
+    cost, so that micro-batches that ranks compute at the same time are alike.
+
+    Raises:
+        ValueError: the packs do not divide.
+    """
+    check_divides(len(packs), micro_batch_size, dp_size)
+    tokens = sum(pack.tokens for pack in packs)
+    tiles = sum(pack.tiles for pack in packs)
+    costs = [pack.tokens / max(tokens, 1) + pack.tiles / max(tiles, 1) for pack in packs]
+    per_rank = len(packs) // dp_size
+    shares = []
+    for members in _spread(list(range(len(packs))), costs, dp_size, per_rank):
+        micro_batches = _spread(members, costs, per_rank // micro_batch_size, micro_batch_size)
+        micro_batches.sort(key=lambda group: (-sum(costs[pack] for pack in group), min(group)))
+        shares.append(tuple(tuple(packs[pack] for pack in sorted(group)) for group in micro_batches))
+    return shares
+
+
+def _spread(members: Sequence[int], costs: Sequence[float], groups: int, size: int) -> list[list[int]]:
+    """Divide members into groups of equal size with sums of costs alike; ties go to the earlier member and group."""
+    chosen: list[list[int]] = [[] for _ in range(groups)]
+    heap = [(0.0, group) for group in range(groups)]
+    for member in sorted(members, key=lambda member: (-costs[member], member)):
+        total, group = heapq.heappop(heap)
+        chosen[group].append(member)
+        if len(chosen[group]) < size:
+            heapq.heappush(heap, (total + costs[member], group))
+    return chosen

@@ -1,0 +1,368 @@
+"""Webdataset tar shards: written by the webdataset library, read by byte offset.
+
+A shard is scanned once, header by header (`scan_tar`); from then on a member is one `os.pread` at its offset. Nothing is extracted, member
+names are only ever compared, and every size a header declares is checked against the file before it is believed. A damaged shard gives the
+members before the damage, and says where the damage is.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import tarfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import braceexpand
+
+from dsvl_train.data.errors import SampleError
+from dsvl_train.data.sample import Sample
+
+BLOCK = tarfile.BLOCKSIZE
+_END_MARK = bytes(BLOCK)
+_LONGEST_NAME_RECORD = 1 << 20
+"""Bytes of a GNU long name or a pax header at most; real ones have hundreds."""
+
+# ----------------------------------------------------------------------------------------------------------------- naming
+
+
+def expand_shards(pattern: str, setting: str) -> list[Path]:
+    """Shards of a folder, a glob or a brace pattern, sorted by name.
+
+    Args:
+        setting: name of the setting that holds the pattern, for errors.
+
+    Raises:
+        FileNotFoundError: nothing there, or a file that a brace pattern lists is missing.
+        ValueError: the pattern names compressed shards, which cannot be read by offset.
+    """
+    folder = Path(pattern)
+    if folder.is_dir():
+        shards = sorted(folder.glob("*.tar"))
+        if not shards:
+            raise FileNotFoundError(f"{setting}={pattern}: the folder holds no *.tar; write shards there, or correct the setting")
+        return shards
+    try:
+        parts = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
+    except ValueError as error:
+        raise ValueError(f"{setting}={pattern}: {error}") from error
+    shards = []
+    for part in parts:
+        found = [Path(match) for match in glob.glob(part)]
+        if not found:
+            raise FileNotFoundError(f"{setting}={pattern}: {part} does not exist; write shards there, or correct the setting")
+        shards += found
+    shards = sorted(set(shards))
+    for shard in shards:
+        if shard.suffix != ".tar":
+            raise ValueError(f"{setting}={pattern}: {shard} is not a plain .tar; compressed shards cannot be read by offset: unpack them")
+    return shards
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, extension) of a member: webdataset divides at the first dot of the last path component."""
+    folder, slash, base = name.rpartition("/")
+    key, _, extension = base.partition(".")
+    return folder + slash + key, extension
+
+
+# ---------------------------------------------------------------------------------------------------------------- writing
+
+
+class ShardWriter:
+    """Writes samples into `<folder>/<prefix>-000000.tar`, …; a shard appears under its name only when it is complete.
+
+    Use as a context manager; an exception inside leaves the finished shards and removes the unfinished one. Equal samples give equal bytes.
+    """
+
+    def __init__(
+        self, folder: str | Path, prefix: str = "shard", *, max_samples: int = 10_000, max_bytes: int = 1 << 30, overwrite: bool = False
+    ):
+        """
+        Args:
+            max_samples: samples of a shard at most.
+            max_bytes: a shard that has reached this many bytes takes no further sample.
+            overwrite: remove `<prefix>-*.tar` of an earlier run first.
+
+        Raises:
+            ValueError: shards of this prefix exist and `overwrite` is False.
+        """
+        self.folder, self.prefix = Path(folder), prefix
+        self.max_samples, self.max_bytes = max_samples, max_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        existing = sorted(self.folder.glob(f"{prefix}-*.tar"))
+        if existing and not overwrite:
+            raise ValueError(
+                f"{existing[0]} exists: a mixture of two runs is no data set; remove the folder's shards or pass overwrite=True"
+            )
+        for shard in existing:
+            shard.unlink()
+        self.shards: list[Path] = []
+        self.samples = 0
+        self._stream: BinaryIO | None = None
+        self._tar: Any = None
+        self._in_shard = 0
+
+    def write(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        images: Sequence[tuple[str, bytes]] = (),
+        *,
+        key: str | None = None,
+        id: str | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Add a sample; returns its key.
+
+        Args:
+            images: (extension, encoded bytes) of each image in the order of the tags: ("png", b"...").
+            key: name within the shard, without dots; default: the running number.
+
+        Raises:
+            ValueError: a key with a dot in its last component.
+        """
+        key = f"{self.samples:09d}" if key is None else key
+        if not key or "." in key.rpartition("/")[2]:
+            raise ValueError(f"sample key {key!r}: webdataset takes what follows the first dot for the extension; use a key without dots")
+        if self._stream is not None and (self._in_shard >= self.max_samples or self._stream.tell() >= self.max_bytes):
+            self._finish_shard()
+        if self._stream is None:
+            self._start_shard()
+        members = {f"{position}.{extension}": raw for position, (extension, raw) in enumerate(images)}
+        sample = Sample([dict(message) for message in messages], list(members), id, dict(meta or {}))
+        self._tar.write({"__key__": key, "json": sample.as_json(), **members})
+        self._in_shard += 1
+        self.samples += 1
+        return key
+
+    def close(self) -> None:
+        """Finish the last shard."""
+        if self._stream is not None:
+            self._finish_shard()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
+            self.close()
+        elif self._stream is not None:
+            self._stream.close()
+            self._unfinished.unlink(missing_ok=True)
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.folder / f".{self.prefix}-{len(self.shards):06d}.unfinished"
+
+    def _start_shard(self) -> None:
+        from webdataset import TarWriter  # imported late: it is slow, and readers don't need it
+
+        self._stream = self._unfinished.open("wb")
+        self._tar = TarWriter(self._stream, encoder=False, compress=False, mtime=0.0)
+        self._in_shard = 0
+
+    def _finish_shard(self) -> None:
+        assert self._stream is not None
+        self._tar.close()
+        self._stream.close()
+        self._stream = None
+        shard = self.folder / f"{self.prefix}-{len(self.shards):06d}.tar"
+        os.replace(self._unfinished, shard)
+        self.shards.append(shard)
+
+
+# --------------------------------------------------------------------------------------------------------------- scanning
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file in a shard: where its bytes lie."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Where a shard stops being a tar; what follows is not read."""
+
+    offset: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardScan:
+    members: list[Member]
+    size: int
+    """Bytes of the file."""
+    damage: Damage | None = None
+
+
+@dataclass(frozen=True)
+class MemberGroup:
+    """Neighbouring members of one key: a sample."""
+
+    key: str
+    members: dict[str, Member]
+    """By extension."""
+    repeated: str | None = None
+    """An extension that occurs twice."""
+
+
+def scan_tar(path: str | Path) -> ShardScan:
+    """Find all members by reading headers only.
+
+    Raises:
+        OSError: the file itself cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        return _scan(descriptor, os.fstat(descriptor).st_size)
+    finally:
+        os.close(descriptor)
+
+
+def _scan(descriptor: int, size: int) -> ShardScan:
+    members: list[Member] = []
+    at = 0
+    next_name: str | None = None
+    next_size: int | None = None
+    while True:
+        header = os.pread(descriptor, BLOCK, at)
+        if header == _END_MARK:
+            return ShardScan(members, size)
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")
+        except tarfile.HeaderError as error:
+            reason = "the file ends without an end-of-archive mark" if not header else f"not a tar header: {error}"
+            return ShardScan(members, size, Damage(at, reason))
+        start = at + BLOCK
+        length = info.size if next_size is None else next_size
+        if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
+            length = 0
+        if length < 0 or start + length > size:
+            return ShardScan(
+                members, size, Damage(at, f"{info.name!r} declares {length} bytes; {max(size - start, 0)} are left in the file")
+            )
+        at = start + -(-length // BLOCK) * BLOCK
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            if length > _LONGEST_NAME_RECORD:
+                return ShardScan(members, size, Damage(start - BLOCK, f"a name record of {length} bytes"))
+            record = os.pread(descriptor, length, start)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                next_name = record.partition(b"\0")[0].decode("utf-8", "backslashreplace")
+            else:
+                records = _pax_records(record)
+                next_name = records.get("path", next_name)
+                if "size" in records:
+                    next_size = int(records["size"]) if records["size"].isascii() and records["size"].isdigit() else -1
+            continue
+        if info.isreg() and not info.issparse():
+            members.append(Member(info.name if next_name is None else next_name, start, length))
+        next_name = next_size = None
+
+
+def _pax_records(raw: bytes) -> dict[str, str]:
+    """`path` and `size` of a pax header: records of "LENGTH KEY=VALUE\\n"; stops at the first that is malformed."""
+    records: dict[str, str] = {}
+    while raw:
+        digits, space, _ = raw[:20].partition(b" ")
+        if not space or not digits.isdigit() or not len(digits) < int(digits) <= len(raw):
+            break
+        key, equals, value = raw[len(digits) + 1 : int(digits)].partition(b"=")
+        if equals and key in (b"path", b"size"):
+            records[key.decode()] = value.removesuffix(b"\n").decode("utf-8", "backslashreplace")
+        raw = raw[int(digits) :]
+    return records
+
+
+def group_members(members: Sequence[Member]) -> Iterator[MemberGroup]:
+    """Samples of a shard: runs of neighbouring members with the same key, as webdataset groups them."""
+    group: MemberGroup | None = None
+    for member in members:
+        key, extension = split_name(member.name)
+        if group is None or group.key != key:
+            if group is not None:
+                yield group
+            group = MemberGroup(key, {})
+        if extension in group.members:
+            group = MemberGroup(key, group.members, extension)
+        group.members[extension] = member
+    if group is not None:
+        yield group
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+class ShardReader:
+    """Reads members by offset from several threads; keeps a bounded number of files open."""
+
+    def __init__(self, max_open: int = 64) -> None:
+        self.max_open = max_open
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, tuple[int, int]] = OrderedDict()  # idle: path -> (descriptor, size); oldest first
+
+    def read(self, path: str, spans: Sequence[tuple[int, int]], expected_size: int) -> list[bytes]:
+        """Bytes of the (offset, size) spans of one shard.
+
+        Args:
+            expected_size: bytes the shard had when it was indexed.
+
+        Raises:
+            SampleError: `unreadable` - the file is gone, has another size, or a read fails.
+        """
+        try:
+            with self._borrow(path) as (descriptor, size):
+                if size != expected_size:
+                    raise SampleError("unreadable", f"{path} has {size} bytes; it had {expected_size} when it was indexed")
+                found = []
+                for offset, length in spans:
+                    if offset < 0 or length < 0 or offset + length > size:
+                        raise SampleError("unreadable", f"{path}: bytes {offset} to {offset + length} are beyond its {size}")
+                    found.append(_read_exactly(descriptor, offset, length, path))
+                return found
+        except OSError as error:
+            raise SampleError("unreadable", f"{path}: {error}") from error
+
+    @contextmanager
+    def _borrow(self, path: str) -> Iterator[tuple[int, int]]:
+        """An open descriptor that is nobody else's for the time; back to the idle ones afterwards."""
+        with self._lock:
+            held = self._open.pop(path, None)
+        if held is None:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            held = (descriptor, os.fstat(descriptor).st_size)
+        try:
+            yield held
+        finally:
+            with self._lock:
+                surplus = self._open.pop(path, None)
+                self._open[path] = held
+                if surplus is None and len(self._open) > self.max_open:
+                    _, surplus = self._open.popitem(last=False)
+            if surplus is not None:
+                os.close(surplus[0])
+
+    def close(self) -> None:
+        """Close all idle files."""
+        with self._lock:
+            idle, self._open = self._open, OrderedDict()
+        for descriptor, _ in idle.values():
+            os.close(descriptor)
+
+
+def _read_exactly(descriptor: int, offset: int, length: int, path: str) -> bytes:
+    raw = os.pread(descriptor, length, offset)
+    while len(raw) < length:
+        more = os.pread(descriptor, length - len(raw), offset + len(raw))
+        if not more:
+            raise SampleError("unreadable", f"{path}: ends at byte {offset + len(raw)}, in the middle of a member")
+        raw += more
+    return raw
