@@ -62,7 +62,10 @@ def report(error: Exception, code: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         rank = int(os.environ["RANK"])
         _leave_the_word_to_others(error, rank)
-        print(text if rank == 0 else f"rank {rank}: {text}", file=sys.stderr, flush=True)
+        if rank == 0:
+            print(text, file=sys.stderr, flush=True)
+        elif code != WRONG_CONFIG:  # a wrong setting is the same on every rank
+            print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
 

@@ -30,6 +30,8 @@ FAILURE_GRACE_S = 5.0
 
 _POLL_S = 0.05
 _LOG_LINES_SHOWN = 20
+_CRASHES = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
+"""Ends that are a cause: the other ranks' errors follow from them. SIGABRT is not one, libraries abort when they lose a peer."""
 
 
 def start(config: RunConfig) -> int:
@@ -77,7 +79,7 @@ class Job:
         """Exit codes of the ranks that ended, in the order in which they did."""
         self._stop_signal: int | None = None
         self._interrupts = 0
-        self._killed = False
+        self._killed: set[int] = set()
         self._deadline = float("inf")
         self._handlers: dict[int, object] = {}
 
@@ -116,7 +118,8 @@ class Job:
                     self._codes[rank] = code
                     if code not in (DONE, INTERRUPTED):
                         self._deadline = min(self._deadline, time.monotonic() + FAILURE_GRACE_S)
-            if time.monotonic() > self._deadline and not self._killed:
+            if time.monotonic() > self._deadline:
+                self._deadline = float("inf")
                 self._say_who_is_late()
                 self._kill()
             time.sleep(_POLL_S)
@@ -146,9 +149,9 @@ class Job:
 
     def _kill(self) -> None:
         """End what is left, with whatever the ranks started (data workers, checkpoint writers)."""
-        self._killed = True
-        for process in self._ranks:
+        for rank, process in enumerate(self._ranks):
             if process.poll() is None:
+                self._killed.add(rank)
                 os.killpg(process.pid, signal.SIGKILL)
 
     def _say_who_is_late(self) -> None:
@@ -159,22 +162,22 @@ class Job:
     def _conclude(self) -> int:
         """The exit code of the job; the first error goes to stderr."""
         failed = {rank: code for rank, code in self._codes.items() if code not in (DONE, INTERRUPTED)}
-        ended_by_us = {-signal.SIGKILL, -(self._stop_signal or signal.SIGKILL)} if self._killed or self._stop_signal else set()
+        by_themselves = [rank for rank, code in failed.items() if rank not in self._killed and code != -(self._stop_signal or 0)]
         errors = sorted((error, rank) for rank in failed if (error := read_error(self._error_file(rank))) is not None)
-        crashed = [rank for rank, code in failed.items() if code < 0 and code not in ended_by_us]
-        if crashed:
-            self._show_end_of(crashed[0])
-        elif errors:
+        crashed = [rank for rank in by_themselves if failed[rank] in _CRASHES]
+        if errors and not crashed:
             (_, text), rank = errors[0]
-            print(text if len(self._ranks) == 1 or failed[rank] == WRONG_CONFIG else f"rank {rank}: {text}", file=sys.stderr, flush=True)
+            alone = len(self._ranks) == 1 or failed[rank] == WRONG_CONFIG
+            print(text if alone else f"rank {rank}: {text}", file=sys.stderr, flush=True)
             return failed[rank]
-        elif unexplained := [rank for rank, code in failed.items() if code > 0]:
-            self._show_end_of(unexplained[0])
-        elif self._interrupts or INTERRUPTED in self._codes.values():
+        if by_themselves:
+            self._show_end_of((crashed or by_themselves)[0])
+            return FAILED
+        if self._interrupts or INTERRUPTED in self._codes.values():
             return INTERRUPTED
-        elif self._stop_signal is not None:
-            return 128 + self._stop_signal if failed else DONE
-        return FAILED if failed else DONE
+        if failed:
+            return 128 + (self._stop_signal or signal.SIGKILL)
+        return DONE
 
     def _show_end_of(self, rank: int) -> None:
         """Say how a rank ended that left no error, with the last lines it wrote."""

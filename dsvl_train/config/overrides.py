@@ -68,8 +68,8 @@ def _checked(override: Override, text: str, conf_dir: Path, closed: bool) -> str
         values = list(_choices(override))
         if closed and key not in groups:
             raise ConfigError(key, _listed("no config group has this name; there are", groups), fix=f"{nearest_name(key, groups)}=...")
-        if closed and not any(isinstance(value, dict) for value in values):
-            _check_options(key, values, conf_dir)
+        if not any(isinstance(value, dict | list) for value in values):
+            _check_options(key, values, conf_dir, closed)
         return text
     if matching_key(key) is None:
         raise ConfigError(key, "no setting has this name", value=override.value(), nearest=_nearest(key, groups))
@@ -93,10 +93,10 @@ def _choices(override: Override) -> Iterable[Any]:
     return list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
 
 
-def _check_options(group: str, values: Iterable[Any], conf_dir: Path) -> None:
+def _check_options(group: str, values: Iterable[Any], conf_dir: Path, closed: bool) -> None:
     options = options_of(conf_dir / group)
     for value in values:
-        if value is not None and str(value) not in options:
+        if not isinstance(value, str) or (closed and value not in options):
             rule = _listed(f"conf/{group}/ has no such file; there are", options)
             raise ConfigError(group, rule, value=value, fix=f"{group}={nearest_name(str(value), options)}" if options else "")
 

@@ -1,0 +1,58 @@
+# setup   .venv with everything the tests and the demo need (once)
+# demo    train, evaluate and report the small model: make demo MODEL=vl2|vl SEED=0 NPROC=2
+# test    ruff, then all tests; ends with a line that counts them. test-quick leaves the multi-process ones out
+# lint    ruff and the type checker; format rewrites the files as ruff likes them
+# bench   everything timed
+# clean   remove caches and builds; runs/ and .venv stay
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup_done
+TORCH := torch==2.13.0
+MODEL ?= vl2
+SEED ?= 0
+NPROC ?= 2
+# the first of these that is there and is Python 3.11 or 3.12
+PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
+	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$$python" && break; done)
+
+.PHONY: setup demo test test-quick lint format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed and none was found; name one with: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "making $(VENV) with $(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
+	@echo "installing the package with its test and demo requirements"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
+	@touch $@
+
+demo: setup
+	@$(BIN)/python -m data_recipes.demo.run --model $(MODEL) --seed $(SEED) --nproc $(NPROC)
+
+test: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/python tests/run.py
+
+test-quick: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/python tests/run.py --quick
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup
+	@for file in benchmarks/*.py; do test -e "$$file" || { echo "no benchmarks yet"; break; }; echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,31 @@
+"""What all tests share: few threads per process (pytest-xdist starts several), repeatable property tests, and the `distributed` mark."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# before anything imports torch or numpy; child processes inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    os.environ.pop(name, None)
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
+
+_DISTRIBUTED = Path(__file__).resolve().parent / "distributed"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything under tests/distributed carries the mark of that name."""
+    for item in items:
+        if _DISTRIBUTED in item.path.resolve().parents:
+            item.add_marker(pytest.mark.distributed)

@@ -1,0 +1,141 @@
+"""The launcher with ranks that are small scripts: exit codes, signals, and which error is shown."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dsvl_train import launcher
+from dsvl_train.config.compose import compose_run
+from dsvl_train.failures import DONE, FAILED, INTERRUPTED, WRONG_CONFIG
+
+ROOT = Path(__file__).resolve().parents[2]
+RAISES = "from dsvl_train.failures import guarded\nfrom dsvl_train.config import ConfigError\nimport sys, time, signal\ndef body():\n    {}\nsys.exit(guarded(body))"
+"""A rank that ends as `body` does."""
+
+
+def run_job(folder: Path, *scripts: str, after: dict[float, int] | None = None) -> int:
+    """The exit code of a job of these scripts; `after` sends signals to the launcher (seconds -> signal)."""
+    environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    timers = [threading.Timer(delay, os.kill, (os.getpid(), number)) for delay, number in (after or {}).items()]
+    with launcher.Job(folder, folder) as job:
+        for rank, script in enumerate(scripts):
+            job.add(rank, [sys.executable, "-c", script], environment)
+        for timer in timers:
+            timer.start()
+        code = job.wait()
+    for timer in timers:
+        timer.cancel()
+    return code
+
+
+def waits_for(folder: Path, number: int, then: str) -> str:
+    """A script that counts how often it gets a signal, and ends with `then` a while after the first."""
+    return (
+        f"import signal, sys, time, os\ngot = []\nsignal.signal({number}, lambda *_: got.append(1))\n"
+        f"while not got: time.sleep(0.01)\ntime.sleep(0.3)\n"
+        f"open({str(folder)!r} + '/got_' + os.environ['RANK'], 'w').write(str(len(got)))\n{then}"
+    )
+
+
+def test_ranks_that_end_well(tmp_path: Path) -> None:
+    script = "import os; print(os.environ['RANK'], os.environ['LOCAL_RANK'])"
+    assert run_job(tmp_path, script, script, script) == DONE
+    assert [(tmp_path / f"rank_{rank}.txt").read_text() for rank in (1, 2)] == ["1 1\n", "2 2\n"]
+
+
+def test_the_first_error_is_the_one_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "FAILURE_GRACE_S", 1.0)
+    later = RAISES.format("time.sleep(0.5); raise RuntimeError('connection closed by peer')")
+    first = RAISES.format("raise KeyError('the cause')")
+    hangs = "import time; time.sleep(60)"
+    start = time.monotonic()
+    assert run_job(tmp_path, later, first, hangs) == FAILED
+    assert time.monotonic() - start < 10
+    shown = capfd.readouterr().err
+    assert "rank 1: Traceback" in shown and "the cause" in shown
+    assert "connection closed" not in shown
+
+
+def test_a_wrong_setting_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    wrong = RAISES.format("raise ConfigError('data.x', 'must be y', value=3)")
+    assert run_job(tmp_path, wrong, wrong) == WRONG_CONFIG
+    assert capfd.readouterr().err == "config error: data.x = 3\n  rule: must be y\n"
+
+
+def test_a_rank_that_dies_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "FAILURE_GRACE_S", 0.5)
+    dies = "import os, sys; print('last words', flush=True); os.kill(os.getpid(), 9)"
+    assert run_job(tmp_path, "import time; time.sleep(60)", dies) == FAILED
+    shown = capfd.readouterr().err
+    assert "rank 1 was ended by SIGKILL (out of memory?)" in shown and "last words" in shown
+
+
+def test_ctrl_c_reaches_each_rank_once_and_all_are_waited_for(tmp_path: Path) -> None:
+    stops = waits_for(tmp_path, signal.SIGINT, "sys.exit(130)")
+    assert run_job(tmp_path, stops, stops, after={0.7: signal.SIGINT}) == INTERRUPTED
+    assert [(tmp_path / f"got_{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+def test_a_stopped_job_that_saved_is_done(tmp_path: Path) -> None:
+    stops = waits_for(tmp_path, signal.SIGTERM, "sys.exit(0)")
+    assert run_job(tmp_path, stops, stops, after={0.7: signal.SIGTERM}) == DONE
+
+
+def test_ranks_that_do_not_stop_are_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "STOP_GRACE_S", 0.5)
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    assert run_job(tmp_path, deaf, deaf, after={0.7: signal.SIGINT}) == INTERRUPTED
+    assert "did not stop within" in capfd.readouterr().err
+
+
+def test_a_second_ctrl_c_ends_ranks_at_once(tmp_path: Path) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    start = time.monotonic()
+    assert run_job(tmp_path, deaf, after={0.7: signal.SIGINT, 1.0: signal.SIGINT}) == INTERRUPTED
+    assert time.monotonic() - start < 10
+
+
+def test_other_signals_pass_through(tmp_path: Path) -> None:
+    stops = waits_for(tmp_path, signal.SIGUSR1, "sys.exit(0)")
+    assert run_job(tmp_path, stops, after={0.7: signal.SIGUSR1}) == DONE
+
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    run_job(tmp_path, "pass")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_errors_for_users_have_no_traceback() -> None:
+    raises = "import dsvl_train.config.geometry as g\n    g.candidate_resolutions(0)"
+    for body, lines in (("raise ValueError('ours? no')", 4), (raises, 2)):
+        shown = subprocess.run([sys.executable, "-c", RAISES.format(body)], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert shown.returncode == FAILED
+        assert ("Traceback" in shown.stderr) == (lines > 2), shown.stderr
+
+
+def test_reserved_port_can_be_listened_on() -> None:
+    with launcher._reserved_port() as reserved, socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(reserved.getsockname())
+        server.listen()
+
+
+def test_environment_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_run(["recipe=demo_vl2/lm"])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    environment = launcher._environment(config, 2, 1234)
+    assert environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert (environment["WORLD_SIZE"], environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("2", "127.0.0.1", "1234")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert launcher._environment(config, 2, 1234)["OMP_NUM_THREADS"] == "7"
