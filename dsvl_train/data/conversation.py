@@ -111,6 +111,12 @@ def _parse_message(position: int, message: Mapping[str, str]) -> Message:
         raise SampleError("bad_conversation", f"message {position} has the unknown role {role!r}; known are {list(ROLES)}")
     if not isinstance(content, str):
         raise SampleError("bad_conversation", f"message {position} ({role}) has content of type {type(content).__name__}; expected text")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(
+            "bad_conversation", f"message {position} ({role}) holds half a surrogate pair, which is no text: {error}"
+        ) from error
     return Message(ROLES[role], content)
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-BOS_TOKEN = "<｜begin▁of▁sentence｜>"  # noqa: RUF001  # the vertical bars and underscores are the released ones
-EOS_TOKEN = "<｜end▁of▁sentence｜>"  # noqa: RUF001
-PAD_TOKEN = "<｜▁pad▁｜>"  # noqa: RUF001
+BOS_TOKEN = "<｜begin▁of▁sentence｜>"  # the vertical bars and underscores are the released ones
+EOS_TOKEN = "<｜end▁of▁sentence｜>"
+PAD_TOKEN = "<｜▁pad▁｜>"
 
 VL_IMAGE_TOKEN = "<image_placeholder>"
 VL2_IMAGE_TOKEN = "<image>"

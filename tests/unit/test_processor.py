@@ -410,6 +410,7 @@ def test_image_count_must_match(processors: dict[str, Processor], family: str) -
         ([{"content": "Hi"}], "unknown role None"),
         ([{"role": "user"}], "content of type NoneType"),
         (["Hi"], "is a str"),
+        ([{"role": "user", "content": "Hi \ud83d"}], "surrogate"),
         ([*turns("Hi", "Ho"), {"role": "system", "content": "Be brief."}], "must come first"),
         ([{"role": "system", "content": "Be brief."}], "no turn"),
         ([{"role": "document", "content": "Hi"}, *turns("Hi")], "one message"),
