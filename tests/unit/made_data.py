@@ -1,0 +1,91 @@
+"""Made-up sources, shards and corpora for the tests of the data pipeline."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from PIL import Image
+
+from dsvl_train.config.schema import DataConfig, SourceConfig
+from dsvl_train.data.processor import Processor
+from dsvl_train.data.shards import ShardWriter
+from dsvl_train.data.text_corpus import write_text_corpus
+
+VL2_FOLDER = Path(__file__).parents[1] / "golden" / "data" / "vl2" / "mha_softmax"
+VL_FOLDER = Path(__file__).parents[1] / "golden" / "data" / "vl"
+WORDS = "tile thumbnail adaptor expert token pack window shard step rank loss mask image plan byte digit".split()
+
+
+class MadeSource:
+    """A source of lengths alone: enough for the planner."""
+
+    def __init__(self, name: str, modality: Any, lengths: Sequence[int], tiles: Sequence[int] | None = None, shards: int = 1) -> None:
+        self.name, self.modality = name, modality
+        self.length = np.asarray(lengths, dtype=np.int64)
+        self.tile = np.asarray(tiles if tiles is not None else [0] * len(lengths), dtype=np.int64)
+        self.shard_sizes = np.diff(np.linspace(0, len(lengths), shards + 1).astype(np.int64))
+
+    def lengths(self, samples: Any) -> Any:
+        return self.length[samples]
+
+    def tiles(self, samples: Any) -> Any:
+        return self.tile[samples]
+
+    def identity(self) -> str:
+        return f"made-{crc32(self.length.tobytes())}"
+
+
+def config(sources: dict[str, SourceConfig], **settings: Any) -> DataConfig:
+    """A data configuration with small defaults."""
+    defaults: dict[str, Any] = {"processor": str(VL2_FOLDER), "seq_len": 256, "packing": True, "batch_size": 4, "workers": 0, "window": 32}
+    return DataConfig(sources=sources, **{**defaults, **settings})
+
+
+def shards_source(path: Any, modality: Any = "multimodal", weight: float = 1.0) -> SourceConfig:
+    return SourceConfig(kind="shards", path=str(path), modality=modality, weight=weight)
+
+
+def text_source(path: Any, weight: float = 1.0) -> SourceConfig:
+    return SourceConfig(kind="text", path=str(path), modality="text", weight=weight)
+
+
+def picture(width: int, height: int, seed: int = 0, kind: str = "PNG") -> bytes:
+    """An encoded image of noise over a gradient."""
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(0, 200, width * height).reshape(height, width, 1)
+    pixels = (ramp + rng.integers(0, 55, (height, width, 3))).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+def sentence(rng: np.random.Generator, words: int) -> str:
+    return " ".join(rng.choice(WORDS, words))
+
+
+def write_mixture(folder: Path, samples: int, *, shards: int = 2, seed: int = 0) -> list[str]:
+    """Conversations with 0 to 2 images, captions and plain documents; returns the keys."""
+    rng = np.random.default_rng(seed)
+    keys = []
+    with ShardWriter(folder, max_samples=-(-samples // shards)) as writer:
+        for number in range(samples):
+            images = [("png", picture(*rng.integers(20, 150, 2), seed=number)) for _ in range(number % 3)]
+            if number % 5 == 4:
+                messages = [{"role": "document", "content": "<image>\n" * len(images) + sentence(rng, 8)}]
+            else:
+                messages = [
+                    {"role": "user", "content": "<image>\n" * len(images) + sentence(rng, int(rng.integers(1, 10)))},
+                    {"role": "assistant", "content": sentence(rng, int(rng.integers(1, 20)))},
+                ]
+            keys.append(writer.write(messages, images))
+    return keys
+
+
+def write_corpus(prefix: Path, processor: Processor, documents: int = 30, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    write_text_corpus(prefix, [sentence(rng, int(rng.integers(1, 200))) for _ in range(documents)], processor.tokenizer)
