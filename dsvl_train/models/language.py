@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from dsvl_train.config.schema import LanguageConfig, ParallelConfig, StageConfig
-from dsvl_train.models.layers import PackedAttention, RMSNorm
+from dsvl_train.models.layers import PackedAttention, ReplicatedLinear, RMSNorm
 from dsvl_train.models.moe import SampleMoELayer, SampleRouter
 
 VOCAB_MULTIPLE = 128
@@ -73,6 +73,7 @@ def transformer_config(
         "expert_tensor_parallel_size": 1,
         "sequence_parallel": parallel.tp > 1,
         "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # the one that takes variable lengths; Megatron asks for it of dense models too
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": False,
@@ -117,7 +118,6 @@ def _moe_options(language: LanguageConfig, stage: StageConfig) -> dict[str, Any]
         "moe_router_bias_update_rate": stage.expert_bias_rate,
         "moe_router_load_balancing_type": "seq_aux_loss",
         "moe_aux_loss_coeff": stage.aux_loss_weight,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": False,
     }
 
@@ -187,8 +187,21 @@ def build_language_model(language: LanguageConfig, config: TransformerConfig) ->
         share_embeddings_and_output_weights=language.tie_embeddings,
         scatter_embedding_sequence_parallel=False,
     )
+    _replicate_latent_projections(model, config)
     _mark_shards(model, config)
     return model
+
+
+def _replicate_latent_projections(model: GPTModel, config: TransformerConfig) -> None:
+    """MLA's down-projection of keys and values, whole on every tensor-parallel rank (Transformer Engine's spec does the same).
+
+    megatron-core 0.16.1's column-parallel one gathers its output; the rotary part of it then serves each rank's own heads, and the gather
+    drops the other ranks' share of its gradient.
+    """
+    for module in model.modules():
+        if isinstance(module, MLASelfAttention):
+            out_features = config.kv_lora_rank + config.qk_pos_emb_head_dim
+            module.linear_kv_down_proj = ReplicatedLinear(config, config.hidden_size, out_features)
 
 
 def _mark_shards(model: GPTModel, config: TransformerConfig) -> None:

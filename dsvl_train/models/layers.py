@@ -31,6 +31,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
+class ReplicatedLinear(nn.Module):
+    """A linear layer that every tensor-parallel rank holds whole and applies to its share of the sequence; gradients are summed."""
+
+    def __init__(self, config: Any, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Return the product and Megatron's place for a bias."""
+        return F.linear(x, self.weight), None
+
+
 class PackedAttention(nn.Module):
     """Causal attention inside each sample of a packed sequence: a block-causal mask that is never built.
 

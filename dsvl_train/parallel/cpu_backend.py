@@ -161,6 +161,8 @@ def install() -> None:
     global _installed
     if _installed:
         return
+    if "megatron.core.transformer" in sys.modules:
+        raise RuntimeError("megatron-core was imported before the CPU backend was installed; call parallel.startup.start first")
     stand_in = _torch_for_megatron()
     for module in _import_megatron():
         if module.__dict__.get("torch") is torch:

@@ -7,6 +7,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,15 @@ def start(engine: EngineConfig, parallel: ParallelConfig, seed: int) -> World:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def start_alone(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
+    """One process with the whole model, for use after training, whatever layout it was trained on.
+
+    Raises:
+        ValueError: `device` is "cuda" where there is none.
+    """
+    return start(EngineConfig(device=device), ParallelConfig(), seed=0)
 
 
 def stop() -> None:

@@ -1,0 +1,161 @@
+"""The `dsvl` command: everything that is not training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. Exit code 0, or 2 after one clear line about what is wrong with the input."""
+    parser = argparse.ArgumentParser(prog="dsvl", description="Use, check and report on models trained with dsvl_train.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_generate(commands)
+    _add_eval(commands)
+    _add_report(commands)
+    _add_data(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("DSVL_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+# ------------------------------------------------------------------------------------------------------------------ generate
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("generate", help="answer a prompt, with images, from a checkpoint")
+    parser.add_argument("--model", required=True, help="checkpoint folder, or a run folder (its latest checkpoint)")
+    parser.add_argument("--prompt", required=True, help="the question; images go before it unless it says where, with <image> tags")
+    parser.add_argument("--image", action="append", default=[], help="an image file; repeat for several")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (the default)")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from dsvl_train.parallel.startup import start_alone
+
+    _require_files("--image", arguments.image)
+    world = start_alone(arguments.device)  # before anything that imports megatron-core
+    from dsvl_train.evaluation.generation import Sampling, generate
+    from dsvl_train.evaluation.loading import load_model
+
+    loaded = load_model(arguments.model, world)
+    messages = loaded.processor.prompt_messages(arguments.prompt, len(arguments.image))
+    prompt = loaded.processor.encode(messages, arguments.image, inference=True)
+    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
+    (ids,) = generate(loaded, [prompt], arguments.max_new_tokens, sampling)
+    print(loaded.processor.tokenizer.decode(ids).strip())
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------- eval
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("eval", help="score a checkpoint on tasks and on held-out text")
+    parser.add_argument("--model", required=True, help="checkpoint folder, or a run folder (its latest checkpoint)")
+    parser.add_argument("--task", action="append", default=[], help="a task file (JSON lines of messages, images, answer); repeat for several")
+    parser.add_argument("--text", help="held-out documents (JSON lines of text), for bits per byte")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--out", help="write the results with every answer to this JSON file")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from dsvl_train.parallel.startup import start_alone
+
+    if not arguments.task and not arguments.text:
+        raise ValueError("nothing to evaluate: give --task FILE, --text FILE, or both")
+    _require_files("--task", arguments.task)
+    _require_files("--text", [arguments.text] if arguments.text else [])
+    world = start_alone(arguments.device)  # before anything that imports megatron-core
+    from dsvl_train.evaluation.language_modelling import evaluate_bits_per_byte, read_texts
+    from dsvl_train.evaluation.loading import load_model
+    from dsvl_train.evaluation.tasks import evaluate_task, read_task
+
+    tasks = {Path(file).stem: read_task(Path(file)) for file in arguments.task}
+    texts = read_texts(Path(arguments.text)) if arguments.text else None
+    loaded = load_model(arguments.model, world)
+    results = {name: evaluate_task(loaded, metric, items, arguments.max_new_tokens) for name, (metric, items) in tasks.items()}
+    summary: dict[str, object] = {
+        "model": str(arguments.model),
+        "tasks": {name: {"metric": result.metric, "score": result.score, "n": result.n} for name, result in results.items()},
+    }
+    if texts is not None:
+        summary["bits_per_byte"] = evaluate_bits_per_byte(loaded, texts, loaded.cfg.data.seq_len - 1)
+    print(json.dumps(summary))
+    if arguments.out:
+        examples = [{"task": name, **example} for name, result in results.items() for example in result.examples]
+        Path(arguments.out).write_text(json.dumps(summary | {"examples": examples}, indent=1), encoding="utf-8")
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------------------- report
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("report", help="draw runs as one self-contained HTML page")
+    parser.add_argument("runs", nargs="+", help="run folders, in the order in which they were trained")
+    parser.add_argument("--out", default="report.html", help="the page to write")
+    parser.add_argument("--eval", action="append", default=[], metavar="STAGE=FILE", help="results of `dsvl eval --out`; repeat per stage")
+    parser.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from dsvl_train.reporting import report
+
+    evaluations = {}
+    for pair in arguments.eval:
+        stage, separator, file = pair.partition("=")
+        if not separator:
+            raise ValueError(f"--eval {pair}: write STAGE=FILE")
+        _require_files("--eval", [file])
+        evaluations[stage] = Path(file)
+    page = report([Path(run) for run in arguments.runs], Path(arguments.out), evaluations)
+    print(page)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------- data
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("data", help="prepare and check data")
+    actions = parser.add_subparsers(dest="action", required=True)
+    index = actions.add_parser("index", help="measure every sample of shards, so that batches can be planned before they are read")
+    index.add_argument("shards", help="a folder of .tar files, a glob, or a brace pattern")
+    index.add_argument("--processor", required=True, help="folder of tokenizer.json and processor_config.json")
+    index.set_defaults(run=_data_index)
+
+
+def _data_index(arguments: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _require_files(option: str, files: Sequence[str]) -> None:
+    for file in files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{option} {file} is not a file")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Reading and writing models: our own checkpoints, and the formats of others."""

@@ -1,0 +1,125 @@
+"""Our own checkpoint format, the part that everybody reads: which folder, which configuration, the model's weights.
+
+Safetensors and JSON, no pickle. Tensors are stored as boxes under layout-independent names (`models.logical`), so a rank of any layout
+reads what it needs, through torch's distributed checkpointing:
+
+    model.<name>    optim.exp_avg.<name>    optim.exp_avg_sq.<name>    optim.main.<name>
+
+`training.checkpoint` writes these folders and reads the optimiser's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from dsvl_train.models.logical import LogicalTensor, logical_tensors
+from dsvl_train.models.vlm import VisionLanguageModel
+
+STATE_FILE = "state.json"
+"""Step, data cursor, updates; written last, so a folder that has it is whole."""
+CONFIG_FILE = "config.yaml"
+PROCESSOR_FOLDER = "processor"
+"""Tokenizer and processor files, so that a checkpoint alone is enough to use the model."""
+LATEST_FILE = "latest"
+
+
+@dataclass
+class Box:
+    """A rank's share of a stored tensor, in the terms of torch's distributed checkpointing."""
+
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+    local: Tensor
+
+    def size(self) -> torch.Size:
+        """Shape of the whole tensor; the reader compares it with what is stored."""
+        return torch.Size(self.whole)
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(offsets=torch.Size(self.offset), sizes=self.local.shape)
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        data = TensorWriteData(chunk=self._chunk(), properties=TensorProperties.create_from_tensor(self.local), size=self.size())
+        return [WriteItem(index=MetadataIndex(fqn, torch.Size(self.offset)), type=WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.local
+
+
+def box(tensor: LogicalTensor, local: Tensor) -> Box:
+    """The box of a logical tensor inside the local tensor that stores it, or inside another of its shape."""
+    return Box(tensor.shape, tensor.offset, tensor.of(local.detach()))
+
+
+def model_boxes(model: VisionLanguageModel) -> dict[str, Box]:
+    """Every weight and persistent buffer of this rank, by its stored name."""
+    return {f"model.{tensor.name}": box(tensor, local) for tensor, local in logical_tensors(model)}
+
+
+def find_latest(run_dir: Path) -> Path | None:
+    """The run's newest complete checkpoint, or None.
+
+    Raises:
+        ValueError: `checkpoints/latest` names a folder that is not a checkpoint.
+    """
+    pointer = run_dir / "checkpoints" / LATEST_FILE
+    if not pointer.exists():
+        return None
+    folder = pointer.parent / pointer.read_text().strip()
+    if not (folder / STATE_FILE).is_file():
+        raise ValueError(f"{pointer} names {folder.name}, which is not a checkpoint; name another folder in that file, or remove it")
+    return folder
+
+
+def resolve(path: str | Path) -> Path:
+    """A checkpoint folder, or a run folder's latest.
+
+    Raises:
+        ValueError: neither.
+    """
+    path = Path(path)
+    if (path / STATE_FILE).is_file():
+        return path
+    latest = find_latest(path)
+    if latest is None:
+        raise ValueError(f"{path} is neither a checkpoint (no {STATE_FILE}) nor a run folder with one (no checkpoints/{LATEST_FILE})")
+    return latest
+
+
+def load_weights(folder: Path, model: VisionLanguageModel) -> None:
+    """Read the model's weights; every rank calls.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape; names it.
+    """
+    read_boxes(folder, model_boxes(model))
+
+
+def read_boxes(folder: Path, boxes: Mapping[str, Box]) -> None:
+    """Read stored boxes into local tensors; every rank calls, each with its own.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape; names it.
+    """
+    try:
+        dcp.load(dict(boxes), storage_reader=HuggingFaceStorageReader(str(folder)))
+    except (dcp.api.CheckpointException, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot read {folder}: {_first_reason(error)}") from error
+
+
+def _first_reason(error: BaseException) -> str:
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        return str(next(iter(error.failures.values()))[0])
+    return str(error)

@@ -1,0 +1,91 @@
+"""What a rank's parameters are of the whole model: the one description that initial weights, checkpoints and conversion share.
+
+A logical tensor has a name and a shape that do not depend on the layout: layers and experts are counted over the whole model, and the
+fused gate-and-up weight of a SwiGLU is two tensors. A rank holds a box of it, given by an offset.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from dsvl_train.models.vlm import VisionLanguageModel
+
+_LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class LogicalTensor:
+    """The part of one logical tensor that this rank holds."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    offset: tuple[int, ...]
+    """Where this rank's box starts."""
+    parameter_name: str
+    """The local parameter or buffer that stores the box."""
+    rows: tuple[int, int] | None = None
+    """The box is these rows of the local tensor; None = all of it."""
+
+    def of(self, local: Tensor) -> Tensor:
+        """The box inside `local`, a view: the parameter itself, its gradient or one of its optimiser moments."""
+        return local if self.rows is None else local[self.rows[0] : self.rows[1]]
+
+    def box_of(self, whole: Tensor, local_shape: torch.Size) -> Tensor:
+        """This rank's share of the whole tensor, `local_shape` being the box's."""
+        for dim, (start, length) in enumerate(zip(self.offset, local_shape, strict=True)):
+            whole = whole.narrow(dim, start, length)
+        return whole
+
+
+def logical_tensors(model: VisionLanguageModel) -> Iterator[tuple[LogicalTensor, Tensor]]:
+    """Every parameter and persistent buffer of this rank as logical tensors, each with the local tensor that stores it."""
+    for chunk in model.chunks.values():
+        persistent = chunk.state_dict(keep_vars=True)
+        for name, local in persistent.items():
+            if torch.is_tensor(local):
+                for part in _parts(name, local, model):
+                    yield part, local
+
+
+def _parts(name: str, local: Tensor, model: VisionLanguageModel) -> Iterator[LogicalTensor]:
+    is_expert = _LOCAL_EXPERT.search(name) is not None
+    sharded = getattr(local, "tensor_model_parallel", False) and not is_expert  # experts stay whole: expert tensor parallelism is 1
+    tp_size = parallel_state.get_tensor_model_parallel_world_size() if sharded else 1
+    tp_rank = parallel_state.get_tensor_model_parallel_rank() if sharded else 0
+    dim = local.partition_dim if sharded else 0  # type: ignore[attr-defined]
+    global_name = _global_name(name, model)
+    if not name.endswith("linear_fc1.weight"):
+        yield _part(global_name, name, local.shape, dim, tp_rank, tp_size, None)
+        return
+    half = local.shape[0] // 2  # Megatron stacks gate over up, each rank its share of both
+    shape = torch.Size([half, *local.shape[1:]])
+    for index, leaf in enumerate(("gate", "up")):
+        part_name = global_name.replace("linear_fc1.weight", f"{leaf}.weight")
+        yield _part(part_name, name, shape, 0, tp_rank, tp_size, (index * half, (index + 1) * half))
+
+
+def _part(
+    name: str, parameter_name: str, shape: torch.Size, dim: int, tp_rank: int, tp_size: int, rows: tuple[int, int] | None
+) -> LogicalTensor:
+    whole, offset = list(shape), [0] * len(shape)
+    if tp_size > 1:
+        whole[dim] *= tp_size
+        offset[dim] = shape[dim] * tp_rank
+    return LogicalTensor(name, tuple(whole), tuple(offset), parameter_name, rows)
+
+
+def _global_name(name: str, model: VisionLanguageModel) -> str:
+    """Experts counted over all expert-parallel ranks."""
+
+    def whole_model_index(match: re.Match[str]) -> str:
+        experts_here = model.config.num_moe_experts // model.config.expert_model_parallel_size
+        return f".experts.{int(match[1]) + parallel_state.get_expert_model_parallel_rank() * experts_here}."
+
+    return _LOCAL_EXPERT.sub(whole_model_index, name)

@@ -1,0 +1,35 @@
+"""SIGINT and SIGTERM: finish the step, save, leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+SECOND_SIGNAL_AFTER_S = 2.0
+"""One Ctrl-C reaches a rank twice, from the terminal and from its launcher; a later signal is a second wish."""
+
+
+class StopRequest:
+    """Remembers that this process was asked to stop. A second signal, clearly later than the first, ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._first_at = 0.0
+
+    def install(self) -> None:
+        """Take over SIGINT and SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._first_at = signal.Signals(number), now
+        elif now - self._first_at > SECOND_SIGNAL_AFTER_S:
+            os._exit(128 + number)
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None

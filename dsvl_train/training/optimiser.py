@@ -1,0 +1,168 @@
+"""AdamW over Megatron's optimisers, one set per modality.
+
+A text step has no gradient for vision and adaptor. Megatron would still step them with zero gradients, which decays their moments and
+their weights; here each chunk has optimisers of its own, and a text step runs the language chunk's alone (unless optim.update_idle).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from torch import Tensor, nn
+
+from dsvl_train.config.schema import OptimConfig
+from dsvl_train.data.batch import Modality
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state tensors, shaped like their parameter."""
+
+
+class ModalityOptimiser:
+    """Steps the parameters that a step's modality reached.
+
+    Args:
+        chunks: name -> wrapped chunk, `vision` and `language`.
+        multipliers: parameter name -> factor on the learning rate, None = frozen (already without `requires_grad`).
+    """
+
+    def __init__(
+        self,
+        optim: OptimConfig,
+        chunks: Mapping[str, DistributedDataParallel],
+        multipliers: Mapping[str, float | None],
+        params_dtype: torch.dtype,
+    ) -> None:
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            bf16=params_dtype == torch.bfloat16,
+            params_dtype=params_dtype,
+            use_distributed_optimizer=False,
+        )
+        self.peak, self.clip_grad = optim.lr, optim.clip_grad
+        self.by_chunk: dict[str, list[MegatronOptimizer]] = {
+            name: get_megatron_optimizer(
+                config, [chunk], _overrides(optim.lr, multipliers), use_gloo_process_groups=False
+            ).chained_optimizers
+            for name, chunk in chunks.items()
+        }
+        every = [optimiser for optimisers in self.by_chunk.values() for optimiser in optimisers]
+        text = every if optim.update_idle else self.by_chunk["language"]
+        self._by_modality: dict[Modality, ChainedOptimizer] = {
+            "multimodal": ChainedOptimizer(every),
+            "text": ChainedOptimizer(text),
+        }
+        self._main_of = {id(p): getattr(p, "main_param", p) for chunk in chunks.values() for p in chunk.parameters()}
+        for group in self.param_groups():
+            group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+            if "fused" in group:  # torch's AdamW: one pass over each tensor, where Megatron builds the plain loop
+                group["fused"] = True
+
+    def step(self, modality: Modality) -> float:
+        """Clip by the global norm and update. Returns the norm before clipping.
+
+        Raises:
+            FloatingPointError: the norm is not finite; nothing was updated.
+        """
+        chained = self._by_modality[modality]
+        chained.prepare_grads()
+        norm = float(chained.get_grad_norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm of this {modality} step is {norm}; nothing was updated")
+        for optimiser in chained.chained_optimizers:
+            if self.clip_grad > 0 and not optimiser.is_stub_optimizer:
+                clip_grad_by_total_norm_fp32(optimiser.get_parameters(), max_norm=self.clip_grad, total_norm=norm)
+        chained.step_with_ready_grads()
+        return norm
+
+    def zero_grad(self, modality: Modality) -> None:
+        """Drop the gradients of the parameters that this modality reaches."""
+        self._by_modality[modality].zero_grad()
+
+    def set_learning_rate(self, lr: float) -> dict[str, float]:
+        """Set every group's rate to lr * multiplier. Returns multiplier (as text) -> rate, for the log."""
+        rates: dict[str, float] = {}
+        for group in self.param_groups():
+            multiplier = group["max_lr"] / self.peak
+            group["lr"] = lr * multiplier
+            rates[f"x{multiplier:g}"] = group["lr"]
+        return rates
+
+    def param_groups(self) -> Iterator[dict[str, Any]]:
+        """Every group of every chunk."""
+        for optimisers in self.by_chunk.values():
+            for optimiser in optimisers:
+                if not optimiser.is_stub_optimizer:
+                    yield from optimiser.optimizer.param_groups
+
+    def main_param(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 weight that is updated: the parameter itself, or its fp32 copy where the model computes in bf16."""
+        return self._main_of[id(parameter)]
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor] | None:
+        """AdamW's moments of a parameter; None where it is frozen or was never stepped."""
+        main = self.main_param(parameter)
+        for optimisers in self.by_chunk.values():
+            for optimiser in optimisers:
+                if not optimiser.is_stub_optimizer and main in optimiser.optimizer.state:
+                    return optimiser.optimizer.state[main]
+        return None
+
+    def steps_taken(self) -> dict[str, int]:
+        """Updates per chunk; the chunks differ by the text steps."""
+        return {name: max((_steps(optimiser) for optimiser in optimisers), default=0) for name, optimisers in self.by_chunk.items()}
+
+    def create_state(self, steps: Mapping[str, int]) -> None:
+        """Make zero moments for every parameter of the chunks that have taken a step, so that a checkpoint can be read into them."""
+        for name, optimisers in self.by_chunk.items():
+            for optimiser in optimisers:
+                if steps[name] and not optimiser.is_stub_optimizer:
+                    _create_state(optimiser.optimizer, steps[name])
+
+
+def _overrides(peak: float, multipliers: Mapping[str, float | None]) -> dict[ParamKey, dict[str, float]]:
+    """Megatron's per-parameter overrides: no weight decay on vectors, and a learning rate per multiplier."""
+    overrides: dict[ParamKey, dict[str, float]] = {
+        ParamKey(with_name_predicate=ParamWithNamePredicate("vector", lambda p, name: p.dim() == 1 or name.endswith(".bias"))): {
+            "wd_mult": 0.0
+        }
+    }
+    for multiplier in sorted({m for m in multipliers.values() if m is not None}):
+        names = {name for name, m in multipliers.items() if m == multiplier}
+        predicate = ParamWithNamePredicate(f"lr_x{multiplier:g}", lambda p, name, names=names: name.removeprefix("module.") in names)
+        overrides[ParamKey(with_name_predicate=predicate)] = {"max_lr": peak * multiplier, "min_lr": 0.0}
+    return overrides
+
+
+def _steps(optimiser: MegatronOptimizer) -> int:
+    if optimiser.is_stub_optimizer:
+        return 0
+    per_parameter = [int(state["step"]) for state in optimiser.optimizer.state.values() if "step" in state]
+    per_group = [int(group["step"]) for group in optimiser.optimizer.param_groups if "step" in group]  # apex, transformer-engine
+    return max([*per_parameter, *per_group], default=0)
+
+
+def _create_state(adam: torch.optim.Optimizer, steps: int) -> None:
+    from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
+
+    for group in adam.param_groups:
+        if not USING_PYTORCH_OPTIMIZER:
+            group["step"] = steps
+        for parameter in group["params"]:
+            state = adam.state[parameter]
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(parameter)
+            if USING_PYTORCH_OPTIMIZER:
+                state["step"] = torch.tensor(float(steps), device=parameter.device if group.get("fused") else "cpu")

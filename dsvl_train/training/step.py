@@ -1,0 +1,202 @@
+"""One optimiser step over one global batch: Megatron's schedule forward and backward, then the update.
+
+The loss is the mean next-token cross-entropy over all supervised tokens of the global batch. With l_j the token losses and N the
+supervised tokens on all ranks, each micro-batch back-propagates sum_j l_j / N and gradients are summed over micro-batches and ranks, so
+the result depends neither on the micro-batching nor on the layout. The experts' balancing loss is normalised by the batch's tokens
+likewise (`models.moe`).
+
+Shapes: t = tokens of a micro-batch, c = data sources.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from dsvl_train.config.schema import RunConfig
+from dsvl_train.data.batch import IGNORE_INDEX, MicroBatch, Modality, StepBatch
+from dsvl_train.models.vlm import VisionLanguageModel
+from dsvl_train.parallel.startup import World
+from dsvl_train.training.optimiser import ModalityOptimiser
+
+MOST_TILES = 18
+"""Images with more local tiles share the histogram's last place."""
+
+
+@dataclass
+class BatchCounts:
+    """Sums over the global batch."""
+
+    tokens: int
+    supervised_tokens: int
+    tiles: int
+    bad_samples: int
+    tiles_per_image: dict[str, int]
+    """Local tiles of an image -> images."""
+    stop_requested: bool
+    """Some rank was asked to stop; all ranks learn it in the same step."""
+
+
+class TrainStep:
+    """Runs steps on this rank's chunks."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        world: World,
+        model: VisionLanguageModel,
+        chunks: dict[str, DistributedDataParallel],
+        optimiser: ModalityOptimiser,
+        sources: list[str],
+    ) -> None:
+        self.cfg, self.world, self.model, self.chunks, self.optimiser, self.sources = cfg, world, model, chunks, optimiser, sources
+        self.routers = model.routers()
+        self._speaks_for_batch = parallel_state.get_tensor_model_parallel_rank() == 0  # TP ranks hold the same batch
+        self._loss_sum_c = torch.zeros(len(sources), dtype=torch.float64, device=world.device)
+        self._supervised_c = torch.zeros(len(sources), dtype=torch.float64, device=world.device)
+        model.config.finalize_model_grads_func = self._finalise_gradients
+        self._modality: Modality = "text"
+
+    def __call__(self, batch: StepBatch, learning_rate: float, stop_requested: bool) -> tuple[dict[str, Any], BatchCounts]:
+        """Run the step. Returns its metrics (the same on every rank) and the batch's counts.
+
+        Raises:
+            FloatingPointError: loss or gradient norm is not finite; nothing was updated.
+        """
+        started = time.perf_counter()
+        self._modality = batch.modality
+        counts = self._count(batch, stop_requested)
+        rates = self.optimiser.set_learning_rate(learning_rate)
+        self._forward_backward(batch, counts)
+        metrics = self._reduce_metrics(counts)
+        grad_norm = self.optimiser.step(batch.modality)
+        seconds = time.perf_counter() - started
+        return metrics | {
+            "grad_norm": grad_norm,
+            "lr": rates,
+            "step_s": seconds,
+            "tokens_per_s": counts.tokens / seconds,
+            "tiles_per_s": counts.tiles / seconds,
+        }, counts
+
+    # ------------------------------------------------------------------------------------------------------------ phases
+
+    def _count(self, batch: StepBatch, stop_requested: bool) -> BatchCounts:
+        """Add up what the global batch holds; one small all-reduce, which also carries the wish to stop."""
+        histogram = [0] * (MOST_TILES + 1)
+        tokens = supervised = tiles = 0
+        for micro in batch.micro_batches:
+            tokens += int((~micro.padding_t).sum())
+            supervised += int((micro.labels_t != IGNORE_INDEX).sum())
+            tiles += micro.tiles
+            for wide, high in [] if micro.tiles_wh is None else micro.tiles_wh.tolist():
+                histogram[min(wide * high, MOST_TILES)] += 1
+        mine = [tokens, supervised, tiles, batch.bad_samples, *histogram]
+        vector = torch.tensor([*(mine if self._speaks_for_batch else [0] * len(mine)), int(stop_requested)], device=self.world.device)
+        dist.all_reduce(vector)
+        tokens, supervised, tiles, bad, *histogram, stop = vector.tolist()
+        per_image = {str(local): images for local, images in enumerate(histogram) if images}
+        return BatchCounts(tokens, supervised, tiles, bad, per_image, bool(stop))
+
+    def _forward_backward(self, batch: StepBatch, counts: BatchCounts) -> None:
+        self._loss_sum_c.zero_()
+        self._supervised_c.zero_()
+        for router in self.routers:
+            router.reset_statistics()
+            router.tokens_of_global_batch = max(counts.tokens, 1)
+        for chunk in self._active_chunks():
+            chunk.zero_grad_buffer()
+        self.optimiser.zero_grad(batch.modality)
+        get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, supervised_tokens=max(counts.supervised_tokens, 1)),
+            data_iterator=iter(batch.micro_batches),
+            model=[self.chunks["language"]],
+            num_microbatches=len(batch.micro_batches),
+            seq_length=self.cfg.data.seq_len,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+
+    def _forward_step(
+        self, micro_batches: Iterator[MicroBatch], language: DistributedDataParallel, supervised_tokens: int
+    ) -> tuple[Tensor, Any]:
+        """Megatron's schedule calls this once per micro-batch."""
+        micro = next(micro_batches)
+        visual_vh = None
+        if micro.pixels_nchw is not None and micro.tiles:
+            assert micro.tiles_wh is not None
+            visual_vh = self.chunks["vision"](self._to_device(micro.pixels_nchw), micro.tiles_wh)
+        labels_t = self._to_device(micro.labels_t)
+        loss_t = language(
+            self._to_device(micro.tokens_t),
+            self._to_device(micro.cu_seqlens),
+            self._to_device(micro.padding_t),
+            image_mask_t=self._to_device(micro.image_mask_t),
+            visual_vh=visual_vh,
+            labels_t=labels_t,
+        )
+        return loss_t, partial(self._loss, micro, labels_t, supervised_tokens)
+
+    def _loss(self, micro: MicroBatch, labels_t: Tensor, supervised_tokens: int, loss_t: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """This micro-batch's part of the mean loss; its sums per source go to the metrics."""
+        supervised_t = labels_t != IGNORE_INDEX
+        loss_t = torch.where(supervised_t, loss_t.float(), 0.0)
+        lengths_s = (micro.cu_seqlens[1:] - micro.cu_seqlens[:-1]).long()
+        source_t = self._to_device(torch.repeat_interleave(micro.source_s, lengths_s))
+        self._loss_sum_c.index_add_(0, source_t, loss_t.detach().double())
+        self._supervised_c.index_add_(0, source_t, supervised_t.double())
+        # Megatron counts these tokens to divide by later; we have divided already, and `_finalise_gradients` does not use the count.
+        return loss_t.sum() / supervised_tokens, torch.ones((), dtype=torch.int, device=self.world.device), {}
+
+    def _finalise_gradients(self, chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
+        """Sum gradients over data-parallel ranks for the chunks that this step ran, and update the experts' selection bias."""
+        finalize_model_grads(self._active_chunks(), None, **kwargs)
+
+    def _reduce_metrics(self, counts: BatchCounts) -> dict[str, Any]:
+        """Losses per source and expert load, summed over ranks."""
+        speaks = float(self._speaks_for_batch)
+        parts = [self._loss_sum_c * speaks, self._supervised_c * speaks]
+        for router in self.routers:
+            parts += [router.load_e, router.aux_loss.reshape(1)]
+        vector = torch.cat([part.double() for part in parts])
+        dist.all_reduce(vector)
+        loss_sum_c, supervised_c, *rest = vector.split([part.numel() for part in parts])
+        loss = float(loss_sum_c.sum() / max(counts.supervised_tokens, 1))
+        if loss != loss or loss == float("inf"):
+            raise FloatingPointError(f"the loss of this {self._modality} step is {loss}; nothing was updated")
+        by_source = {
+            name: float(total / number)
+            for name, total, number in zip(self.sources, loss_sum_c.tolist(), supervised_c.tolist(), strict=True)
+            if number
+        }
+        return {"loss": loss, "loss_by_source": by_source} | _expert_metrics(rest[0::2], rest[1::2])
+
+    # ----------------------------------------------------------------------------------------------------------- helpers
+
+    def _active_chunks(self) -> list[DistributedDataParallel]:
+        return [self.chunks["language"]] if self._modality == "text" else list(self.chunks.values())
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.world.device, non_blocking=True)
+
+
+def _expert_metrics(loads: list[Tensor], aux_losses: list[Tensor]) -> dict[str, Any]:
+    """Share of the routed tokens per layer and expert, how far the fullest expert is above an even load, and the balancing loss."""
+    if not loads:
+        return {}
+    shares = [(load / load.sum().clamp(min=1)) for load in loads]
+    return {
+        "expert_load": [share.tolist() for share in shares],
+        "expert_max_violation": [float(share.max() * share.numel() - 1) for share in shares],
+        "aux_loss": float(torch.stack(aux_losses).mean()),
+    }

@@ -1,0 +1,118 @@
+"""The one training loop: language model, alignment, pretraining and fine-tuning differ by configuration alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsvl_train.config.schema import RunConfig
+from dsvl_train.data.batch import StepBatch
+from dsvl_train.data.loader import DataPipeline
+from dsvl_train.models.vlm import VisionLanguageModel
+from dsvl_train.parallel.startup import World
+from dsvl_train.training import checkpoint
+from dsvl_train.training.callbacks import Callback, Metrics
+from dsvl_train.training.interrupt import StopRequest
+from dsvl_train.training.optimiser import ModalityOptimiser
+from dsvl_train.training.schedules import learning_rate
+from dsvl_train.training.step import BatchCounts, TrainStep
+
+
+@dataclass
+class Trainer:
+    """Runs steps from where the run stands to its end; everything else hangs on it as a callback."""
+
+    cfg: RunConfig
+    world: World
+    model: VisionLanguageModel
+    optimiser: ModalityOptimiser
+    data: DataPipeline
+    train_step: TrainStep
+    callbacks: Sequence[Callback]
+    stop: StopRequest
+    step: int = 0
+    """Last step done."""
+    bad_samples: int = 0
+    """Samples replaced by masked padding so far, on all ranks."""
+
+    def __post_init__(self) -> None:
+        self.run_dir = Path(self.cfg.run.dir)
+        self.metrics: Metrics = {}
+
+    @property
+    def is_main(self) -> bool:
+        return self.world.is_main
+
+    @property
+    def last_step(self) -> int:
+        """Where this process stops if nobody asks it to stop earlier."""
+        return min(self.cfg.run.max_steps, self.cfg.run.stop_after or self.cfg.run.max_steps)
+
+    def fit(self) -> str:
+        """Train. Returns why it ended: "finished", "stop_after" or "interrupted"."""
+        self._tell("on_run_start")
+        try:
+            reason = self._loop()
+        except BaseException as error:
+            self._tell("on_exception", error)
+            raise
+        self._tell("on_run_end", reason)
+        return reason
+
+    def _loop(self) -> str:
+        batches = iter(self.data)
+        while self.step < self.last_step:
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
+            stop_requested = self._run_step(batch, waited)
+            if self._is_due(stop_requested):
+                self._save()
+            if stop_requested:
+                return "interrupted"
+        return "finished" if self.step == self.cfg.run.max_steps else "stop_after"
+
+    def _run_step(self, batch: StepBatch, data_wait_s: float) -> bool:
+        rate = learning_rate(batch.step, self.cfg.run.max_steps, self.cfg.optim.lr, self.cfg.optim.schedule)
+        metrics, counts = self.train_step(batch, rate, self.stop.requested)
+        self.step = batch.step
+        self.bad_samples += counts.bad_samples
+        self.metrics = self._record(batch, metrics, counts, data_wait_s)
+        self._tell("on_step_end", self.metrics)
+        return counts.stop_requested
+
+    def _record(self, batch: StepBatch, metrics: Metrics, counts: BatchCounts, data_wait_s: float) -> Metrics:
+        tiles = batch.tiles_per_rank
+        mean_tiles = sum(tiles) / len(tiles) if tiles else 0.0
+        return {
+            "step": batch.step,
+            "modality": batch.modality,
+            **metrics,
+            "tokens": counts.tokens,
+            "supervised_tokens": counts.supervised_tokens,
+            "tiles": counts.tiles,
+            "tiles_per_image": counts.tiles_per_image,
+            "tile_imbalance": max(tiles) / mean_tiles if mean_tiles else 1.0,
+            "text_share": batch.text_share,
+            "text_share_target": batch.text_share_target,
+            "text_ratio": batch.text_ratio,
+            "pack_fill": batch.pack_fill,
+            "data_wait_s": data_wait_s,
+            "bad_samples": self.bad_samples,
+        }
+
+    def _is_due(self, stop_requested: bool) -> bool:
+        every = self.cfg.checkpoint.every
+        return stop_requested or self.step == self.last_step or (every > 0 and self.step % every == 0)
+
+    def _save(self) -> None:
+        folder = checkpoint.step_folder(self.run_dir, self.step)
+        state = checkpoint.TrainState(self.step, self.data.state(), self.optimiser.steps_taken(), self.bad_samples)
+        checkpoint.save(folder, self.cfg, self.model, self.optimiser, state)
+        self._tell("on_checkpoint", folder)
+
+    def _tell(self, event: str, *args: object) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *args)

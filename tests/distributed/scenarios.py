@@ -1,0 +1,51 @@
+"""What the distributed tests run on each rank; module-level functions, so that fresh processes can import them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def train_tiny(family: str, parallel: dict[str, int], modalities: list[str], options: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train a tiny model for a few steps. Returns losses, gradient norms, and the whole final weights by logical name."""
+    from dsvl_train.parallel import startup
+    from tests.tiny import SOURCES, tiny_batch, tiny_run
+
+    cfg = tiny_run(family, **parallel)
+    for key, value in (options or {}).items():
+        target, _, leaf = key.rpartition(".")
+        setattr(cfg if not target else getattr(cfg, target), leaf, value)
+    world = startup.start(cfg.engine, cfg.parallel, seed=0)
+    from dsvl_train.models.build import build_model
+    from dsvl_train.training.setup import build_trainable
+    from dsvl_train.training.step import TrainStep
+
+    model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=0)
+    chunks, optimiser = build_trainable(cfg, world, model)
+    step = TrainStep(cfg, world, model, chunks, optimiser, SOURCES)
+    initial = whole_weights(model)
+    records = []
+    for number, modality in enumerate(modalities, start=1):
+        batch = tiny_batch(cfg.model, number, modality, world.dp_rank, world.dp_size)  # type: ignore[arg-type]
+        metrics, _ = step(batch, cfg.optim.lr, stop_requested=False)
+        records.append(metrics)
+    result = {"records": records, "initial": initial, "weights": whole_weights(model), "updates": optimiser.steps_taken()}
+    startup.stop()
+    return result if world.is_main else {"records": records}
+
+
+def whole_weights(model: Any) -> dict[str, Any]:
+    """Every logical tensor of the model, put together from all ranks, as numpy arrays."""
+    import torch
+    import torch.distributed as dist
+
+    from dsvl_train.models.logical import logical_tensors
+
+    mine = [(t.name, t.shape, t.offset, t.of(local.detach()).clone().numpy()) for t, local in logical_tensors(model)]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    whole: dict[str, Any] = {}
+    for rank in everyone:
+        for name, shape, offset, box in rank:
+            target = whole.setdefault(name, torch.full(shape, float("nan")).numpy())
+            target[tuple(slice(o, o + n) for o, n in zip(offset, box.shape, strict=True))] = box
+    return whole
