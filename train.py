@@ -1,7 +1,7 @@
 """The entry of every run: `python train.py recipe=FAMILY/STAGE [KEY=VALUE ...]`.
 
-It only wires: Hydra composes `conf/` and the overrides, `to_run_config` makes them typed, `start` checks and runs them. One process when called
-plainly, one rank under torchrun, and the launcher of its own ranks with `launch.nproc=N`.
+It only wires: Hydra composes `conf/` and the overrides, `to_run_config` makes them typed, `start` checks and runs them. One process when
+called plainly, one rank under torchrun, and the launcher of its own ranks with `launch.nproc=N`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Exit codes, and one clear error where several processes fail.
 
-A process alone prints its error. Ranks started by `dsvl_train.launcher` leave theirs in a file each, and the launcher prints the first. Under
-torchrun nobody collects, so rank 0 speaks at once, and the others wait long enough to be ended by torchrun when an earlier error ends the job.
+A process alone prints its error. Ranks started by `dsvl_train.launcher` leave theirs in a file each, and the launcher prints the first.
+Under torchrun nobody collects, so rank 0 speaks at once, and the others wait long enough to be ended by torchrun when an earlier error
+ends the job.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any
 
 from dsvl_train.config.errors import ConfigError
 
-DONE, FAILED, WRONG_CONFIG, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes of a run."""
+DONE, FAILED, WRONG_CONFIG, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+"""Exit codes of a run; the last two after SIGINT and SIGTERM, as shells count."""
 
 ERROR_FILE = "DSVL_ERROR_FILE"
 """Environment variable by which the launcher tells a rank where to leave its error."""
@@ -101,8 +102,8 @@ def _write_error(path: Path, text: str) -> None:
 
 
 def _is_for_users(error: Exception) -> bool:
-    """Errors about values and files that our own code raised; the same kinds from inside a library are shown with their traceback."""
-    if not isinstance(error, ValueError | OSError):
+    """Errors about values, files and numbers that our own code raised; the same kinds from inside a library come with their traceback."""
+    if not isinstance(error, ValueError | OSError | FloatingPointError):
         return False
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and _OWN_CODE in Path(frames[-1].filename).resolve().parents

@@ -1,7 +1,8 @@
 """Starts a run: in this process, as a rank under torchrun, or as ranks of its own on this machine (`launch.nproc=N`).
 
-The ranks are plain child processes, each in a session of its own, so that Ctrl-C reaches them through the launcher and only once. Rank 0 writes
-to the terminal, the others to `log/rank_N.txt` of the run folder. The first rank that fails ends the job, and only its error is shown.
+The ranks are plain child processes, each in a session of its own, so that Ctrl-C reaches them through the launcher and only once. Rank 0
+writes to the terminal, the others to `log/rank_N.txt` of the run folder. The first rank that fails ends the job, and only its error is
+shown.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from types import FrameType
 from dsvl_train.config.compose import to_yaml
 from dsvl_train.config.schema import RunConfig
 from dsvl_train.config.validate import validate
-from dsvl_train.failures import DONE, ERROR_FILE, FAILED, INTERRUPTED, WRONG_CONFIG, read_error
+from dsvl_train.failures import DONE, ERROR_FILE, FAILED, INTERRUPTED, TERMINATED, WRONG_CONFIG, read_error
 from dsvl_train.rank import LAUNCHER_PID
 
 STOP_GRACE_S = 60.0
@@ -30,6 +31,7 @@ FAILURE_GRACE_S = 5.0
 
 _POLL_S = 0.05
 _LOG_LINES_SHOWN = 20
+_NO_FAILURE = {DONE, INTERRUPTED, TERMINATED}
 _CRASHES = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 """Ends that are a cause: the other ranks' errors follow from them. SIGABRT is not one, libraries abort when they lose a peer."""
 
@@ -116,7 +118,7 @@ class Job:
             for rank, process in enumerate(self._ranks):
                 if rank not in self._codes and (code := process.poll()) is not None:
                     self._codes[rank] = code
-                    if code not in (DONE, INTERRUPTED):
+                    if code not in _NO_FAILURE:
                         self._deadline = min(self._deadline, time.monotonic() + FAILURE_GRACE_S)
             if time.monotonic() > self._deadline:
                 self._deadline = float("inf")
@@ -161,7 +163,7 @@ class Job:
 
     def _conclude(self) -> int:
         """The exit code of the job; the first error goes to stderr."""
-        failed = {rank: code for rank, code in self._codes.items() if code not in (DONE, INTERRUPTED)}
+        failed = {rank: code for rank, code in self._codes.items() if code not in _NO_FAILURE}
         by_themselves = [rank for rank, code in failed.items() if rank not in self._killed and code != -(self._stop_signal or 0)]
         errors = sorted((error, rank) for rank in failed if (error := read_error(self._error_file(rank))) is not None)
         crashed = [rank for rank in by_themselves if failed[rank] in _CRASHES]
@@ -173,11 +175,11 @@ class Job:
         if by_themselves:
             self._show_end_of((crashed or by_themselves)[0])
             return FAILED
-        if self._interrupts or INTERRUPTED in self._codes.values():
+        if self._interrupts:
             return INTERRUPTED
         if failed:
             return 128 + (self._stop_signal or signal.SIGKILL)
-        return DONE
+        return max(self._codes.values(), default=DONE)
 
     def _show_end_of(self, rank: int) -> None:
         """Say how a rank ended that left no error, with the last lines it wrote."""

@@ -16,12 +16,15 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
     os.environ.pop(name, None)
 
-from hypothesis import HealthCheck, settings
-
-settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("repeatable")
-
 _DISTRIBUTED = Path(__file__).resolve().parent / "distributed"
+
+
+def pytest_configure() -> None:
+    """Property tests draw the same examples in every run, and a busy machine fails none of them."""
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,8 @@
 """From YAML to a typed `RunConfig`, once, and back.
 
-`to_run_config` is where Hydra's untyped tree ends: it checks every key and every type against the dataclasses of `config.schema`, so that the
-rest of the code meets no wrong type and no unknown key. `to_yaml` writes what `load_run_config` reads back to an equal `RunConfig`.
+`to_run_config` is where Hydra's untyped tree ends: it checks every key and every type against the dataclasses of `config.schema`, so
+that the rest of the code meets no wrong type and no unknown key. `to_yaml` writes what `load_run_config` reads back to an equal
+`RunConfig`.
 """
 
 from __future__ import annotations
@@ -176,7 +177,15 @@ def _typed_scalar(value: Any, hint: Any, key: str, optional: bool) -> Any:
 
 
 def _wrong_type(key: str, value: Any, wanted: str, fix: str = "") -> ConfigError:
-    found = {dict: "a section", list: "a list", type(None): "null", str: "text", float: "a number with a fraction", int: "a whole number", bool: "a truth value"}
+    found = {
+        dict: "a section",
+        list: "a list",
+        type(None): "null",
+        str: "text",
+        float: "a number with a fraction",
+        int: "a whole number",
+        bool: "a truth value",
+    }
     return ConfigError(key, f"must be {wanted}, not {found.get(type(value), type(value).__name__)}", value=value, fix=fix)
 
 

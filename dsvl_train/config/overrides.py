@@ -1,7 +1,8 @@
 """Command-line overrides, checked against the schema before Hydra sees them.
 
-Hydra only lets an override change what some YAML file already says, and answers a mistyped key with advice to add it. Here every key is looked
-up in the schema instead: a wrong one is an error with the nearest right one, and a right one works whether or not a YAML file mentions it.
+Hydra only lets an override change what some YAML file already says, and answers a mistyped key with advice to add it. Here every key is
+looked up in the schema instead: a wrong one is an error with the nearest right one, and a right one works whether or not a YAML file
+mentions it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def checked_overrides(overrides: Sequence[str], conf_dir: Path, *, closed: bool 
         has_recipe |= override.key_or_group == "recipe"
         checked.append(_checked(override, text, conf_dir, closed))
     if closed and not has_recipe:
-        raise ConfigError("recipe", _listed("a recipe must be given; there are", options_of(conf_dir / "recipe")), fix="recipe=FAMILY/STAGE")
+        raise ConfigError(
+            "recipe", _listed("a recipe must be given; there are", options_of(conf_dir / "recipe")), fix="recipe=FAMILY/STAGE"
+        )
     return checked
 
 

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable
 
 from .errors import ConfigError
-from .schema import DataConfig, LanguageConfig, MlaConfig, MoeConfig, RunConfig, SamConfig, SiglipConfig
+from .schema import DataConfig, LanguageConfig, MlaConfig, ModelConfig, MoeConfig, RunConfig, SamConfig, SiglipConfig
 
 VOCAB_MULTIPLE = 128
 """Stored embedding rows are padded to a multiple of this."""
@@ -155,15 +155,26 @@ def _check_adaptor(config: RunConfig) -> None:
         what = "SigLIP and SAM" if two_encoders else "SigLIP alone"
         rule = f"for model.family={model.family} with {what} it must be one of {', '.join(fitting)}"
         raise ConfigError(key, rule, value=adaptor.kind, fix=f"{key}={fitting[0]}")
-    if adaptor.kind == "hybrid":
-        _divides("2 (encoders)", 2, "model.language.hidden_size", model.language.hidden_size)
     if adaptor.concat != "embedding" and not two_encoders:
         rule = "there is one encoder only, so nothing to join along the sequence"
         raise ConfigError("model.adaptor.concat", rule, value=adaptor.concat, fix="model.adaptor.concat=embedding")
     if adaptor.concat != "embedding" and model.vision.siglip.grid % 2:
         rule = f"needs an even grid to halve; SigLIP's is {model.vision.siglip.grid} patches wide"
         raise ConfigError("model.adaptor.concat", rule, value=adaptor.concat, fix="model.adaptor.concat=embedding")
+    if model.vision.sam is not None:
+        _check_joined_widths(model, model.vision.sam)
     _at_least(config, 1, "model.adaptor.depth", "model.adaptor.downsample_ratio")
+
+
+def _check_joined_widths(model: ModelConfig, sam: SamConfig) -> None:
+    """Two encoders' features meet along the embedding, half each, or go through one MLP."""
+    hidden, low, high = model.language.hidden_size, model.vision.siglip.width, sam.downsample_widths[-1]
+    if model.adaptor.concat == "embedding" and hidden % 2:
+        rule = "must be even: with model.adaptor.concat=embedding each encoder gives half"
+        raise ConfigError("model.language.hidden_size", rule, value=hidden, fix=f"model.language.hidden_size={hidden + 1}")
+    if model.adaptor.kind == "shared" and high != low:
+        rule = f"one MLP for both encoders needs features of one width; SigLIP's is {low}, SAM's {high} (downsample_widths)"
+        raise ConfigError("model.adaptor.kind", rule, value="shared", fix="model.adaptor.kind=hybrid or separate, or equal widths")
 
 
 def _check_language(language: LanguageConfig) -> None:
@@ -217,11 +228,11 @@ def _check_stage(config: RunConfig) -> None:
     stage, moe = config.stage, config.model.language.moe
     if not stage.policy:
         raise ConfigError("stage.policy", "must have at least one rule, pattern and lr_multiplier", value=stage.policy)
-    for index, rule in enumerate(stage.policy):
-        if rule.lr_multiplier is not None and rule.lr_multiplier <= 0:
+    for index, line in enumerate(stage.policy):
+        if line.lr_multiplier is not None and line.lr_multiplier <= 0:
             key = f"stage.policy[{index}].lr_multiplier"
-            raise ConfigError(key, f"must be above 0, or null to freeze {rule.pattern}", value=rule.lr_multiplier, fix=f"{key}=null")
-    if all(rule.lr_multiplier is None for rule in stage.policy):
+            raise ConfigError(key, f"must be above 0, or null to freeze {line.pattern}", value=line.lr_multiplier, fix=f"{key}=null")
+    if all(line.lr_multiplier is None for line in stage.policy):
         raise ConfigError("stage.policy", "freezes every parameter, so nothing would train", fix="give one rule an lr_multiplier")
     _at_least(config, 0, "stage.aux_loss_weight", "stage.expert_bias_rate")
     if stage.aux_loss_weight and moe is None:

@@ -318,6 +318,16 @@ def test_rules_of_a_vl2_run(vl2: RunConfig, settings: dict[str, Any], key: str, 
         ({"model__vision__sam__image_size": 130}, "model.vision.sam.patch_size, model.vision.sam.image_size", "16, 130"),
         ({"model__vision__sam__heads": 7}, "model.vision.sam.heads, model.vision.sam.width", "must divide"),
         ({"model__language__kv_heads": 3}, "model.language.kv_heads, model.language.heads", "must divide"),
+        ({"model__adaptor__kind": "shared", "model__vision__siglip__width": 192}, "model.adaptor.kind", "SigLIP's is 192, SAM's 96"),
+        (
+            {
+                "model__adaptor__concat": "sequence_height",
+                "model__vision__siglip__image_size": 40,
+                "model__vision__sam__interpolate_to": 20,
+            },
+            "model.adaptor.concat",
+            "even grid",
+        ),
         ({"data__seq_len": 36}, "data.seq_len", "36 tokens"),
     ],
 )
@@ -336,7 +346,11 @@ def test_rules_of_a_vl_run(vl: RunConfig, settings: dict[str, Any], key: str, wo
         ({"parallel__tp": 4, "model__language__ffn_width": 342}, 4, "parallel.tp, model.language.ffn_width"),
         ({"parallel__ep": 3}, 3, "parallel.ep, model.language.moe.routed_experts"),
         ({"parallel__ep": 4}, 2, "parallel.ep, processes / parallel.pp"),
-        ({"parallel__ep": 2, "model__language__moe": None, "stage__aux_loss_weight": 0.0, "stage__expert_bias_rate": 0.0}, 2, "parallel.ep"),
+        (
+            {"parallel__ep": 2, "model__language__moe": None, "stage__aux_loss_weight": 0.0, "stage__expert_bias_rate": 0.0},
+            2,
+            "parallel.ep",
+        ),
         ({"data__micro_batch_size": 3}, 4, "data.batch_size, data.micro_batch_size"),
     ],
 )

@@ -15,10 +15,17 @@ import pytest
 
 from dsvl_train import launcher
 from dsvl_train.config.compose import compose_run
-from dsvl_train.failures import DONE, FAILED, INTERRUPTED, WRONG_CONFIG
+from dsvl_train.failures import DONE, FAILED, INTERRUPTED, TERMINATED, WRONG_CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
-RAISES = "from dsvl_train.failures import guarded\nfrom dsvl_train.config import ConfigError\nimport sys, time, signal\ndef body():\n    {}\nsys.exit(guarded(body))"
+RAISES = """
+import sys, time
+from dsvl_train.config import ConfigError
+from dsvl_train.failures import guarded
+def body():
+    {}
+sys.exit(guarded(body))
+"""
 """A rank that ends as `body` does."""
 
 
@@ -85,9 +92,11 @@ def test_ctrl_c_reaches_each_rank_once_and_all_are_waited_for(tmp_path: Path) ->
     assert [(tmp_path / f"got_{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
 
 
-def test_a_stopped_job_that_saved_is_done(tmp_path: Path) -> None:
-    stops = waits_for(tmp_path, signal.SIGTERM, "sys.exit(0)")
-    assert run_job(tmp_path, stops, stops, after={0.7: signal.SIGTERM}) == DONE
+@pytest.mark.parametrize("code", [DONE, TERMINATED])
+def test_a_terminated_job_ends_as_its_ranks_do(tmp_path: Path, code: int, capfd: pytest.CaptureFixture[str]) -> None:
+    stops = waits_for(tmp_path, signal.SIGTERM, f"sys.exit({code})")
+    assert run_job(tmp_path, stops, stops, after={0.7: signal.SIGTERM}) == code
+    assert capfd.readouterr().err == ""
 
 
 def test_ranks_that_do_not_stop_are_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
