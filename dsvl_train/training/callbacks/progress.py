@@ -41,7 +41,7 @@ class Progress(Callback):
         self._last = min(run.max_steps, run.stop_after) if run.stop_after else run.max_steps
         self._printed_at = self._clock()
         if self._out.isatty():
-            from tqdm import tqdm  # type: ignore[import-untyped]
+            from tqdm import tqdm
 
             self._bar = tqdm(total=self._last, initial=trainer.step, desc=run.name, unit="step", file=self._out, dynamic_ncols=True)
         elif trainer.step:

@@ -1,0 +1,61 @@
+"""A run folder as the report sees it: its settings and its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dsvl_train.reporting.metrics import Record, number, read_metrics
+
+MODALITIES = ("text", "multimodal")
+
+
+@dataclass
+class Run:
+    """One training stage's run."""
+
+    folder: Path
+    config: dict[str, Any]
+    records: list[Record]
+    """The steps in order, each once."""
+
+    def setting(self, path: str, default: Any = None) -> Any:
+        """A setting by its dotted name, as in `config.yaml`; the default where it is missing or null."""
+        value: Any = self.config
+        for key in path.split("."):
+            if not isinstance(value, dict) or value.get(key) is None:
+                return default
+            value = value[key]
+        return value
+
+    @property
+    def stage(self) -> str:
+        """The stage's name; the folder's without a config."""
+        return str(self.setting("stage.name", self.folder.name))
+
+    def of(self, modality: str) -> list[Record]:
+        return [record for record in self.records if record.get("modality") == modality]
+
+    def column(self, key: str, records: Sequence[Record] | None = None) -> tuple[list[float], list[float | None]]:
+        """Steps and values of a number, over all steps that have the key (None where it is null)."""
+        kept = [record for record in (self.records if records is None else records) if key in record]
+        return [float(record["step"]) for record in kept], [number(record[key]) for record in kept]
+
+    def has(self, key: str) -> bool:
+        return any(number(record.get(key)) is not None for record in self.records)
+
+
+def read_run(folder: Path) -> Run:
+    """A run folder's config.yaml and metrics.jsonl; either may be missing (a run that has not begun).
+
+    Raises FileNotFoundError where the folder itself is missing or holds neither.
+    """
+    config_path, metrics_path = folder / "config.yaml", folder / "metrics.jsonl"
+    if not config_path.is_file() and not metrics_path.is_file():
+        raise FileNotFoundError(f"{folder} is no run folder: it has neither config.yaml nor metrics.jsonl")
+    config: Any = OmegaConf.to_container(OmegaConf.load(config_path)) if config_path.is_file() else {}
+    return Run(folder, config if isinstance(config, dict) else {}, read_metrics(metrics_path) if metrics_path.is_file() else [])
