@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -118,16 +119,9 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from dsvl_train.reporting import report
+    from dsvl_train.reporting import parse_evaluations, report
 
-    evaluations = {}
-    for pair in arguments.eval:
-        stage, separator, file = pair.partition("=")
-        if not separator:
-            raise ValueError(f"--eval {pair}: write STAGE=FILE")
-        _require_files("--eval", [file])
-        evaluations[stage] = Path(file)
-    page = report([Path(run) for run in arguments.runs], Path(arguments.out), evaluations)
+    page = report([Path(run) for run in arguments.runs], Path(arguments.out), parse_evaluations(arguments.eval))
     print(page)
     return 0
 
@@ -141,11 +135,23 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     index = actions.add_parser("index", help="measure every sample of shards, so that batches can be planned before they are read")
     index.add_argument("shards", help="a folder of .tar files, a glob, or a brace pattern")
     index.add_argument("--processor", required=True, help="folder of tokenizer.json and processor_config.json")
+    index.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     index.set_defaults(run=_data_index)
 
 
 def _data_index(arguments: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from dsvl_train.data.index import open_index
+    from dsvl_train.data.processor import Processor
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    processor = Processor.from_folder(arguments.processor)
+    index = open_index(
+        arguments.shards, processor, setting="SHARDS", processor_folder=arguments.processor, workers=arguments.workers
+    )
+    print(f"{len(index)} samples, {len(index.skipped)} skipped")
+    for skipped in index.skipped[:20]:
+        print(f"skipped {skipped.shard} {skipped.key}: {skipped.kind}: {skipped.reason}")
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------------- helpers

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from dsvl_train.models.logical import LogicalTensor, logical_tensors
@@ -54,8 +55,20 @@ class Box:
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [self._chunk()]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.local
+
+class _WriteBoxes(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].local
+
+
+class _ReadBoxes(DefaultLoadPlanner):
+    def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        # the default one also walks the values to give meta tensors storage, and knows tensors only
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+        self.original_state_dict, self.mappings = state_dict, {}
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].local
 
 
 def box(tensor: LogicalTensor, local: Tensor) -> Box:
@@ -107,6 +120,11 @@ def load_weights(folder: Path, model: VisionLanguageModel) -> None:
     read_boxes(folder, model_boxes(model))
 
 
+def write_boxes(folder: Path, boxes: Mapping[str, Box]) -> None:
+    """Write every rank's boxes into `folder`, a box that several ranks hold once; every rank calls."""
+    dcp.save(dict(boxes), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), planner=_WriteBoxes())
+
+
 def read_boxes(folder: Path, boxes: Mapping[str, Box]) -> None:
     """Read stored boxes into local tensors; every rank calls, each with its own.
 
@@ -114,7 +132,7 @@ def read_boxes(folder: Path, boxes: Mapping[str, Box]) -> None:
         ValueError: a tensor is missing or has another shape; names it.
     """
     try:
-        dcp.load(dict(boxes), storage_reader=HuggingFaceStorageReader(str(folder)))
+        dcp.load(dict(boxes), storage_reader=HuggingFaceStorageReader(str(folder)), planner=_ReadBoxes())
     except (dcp.api.CheckpointException, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot read {folder}: {_first_reason(error)}") from error
 

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from dsvl_train.config.compose import to_yaml
 from dsvl_train.config.schema import RunConfig
-from dsvl_train.interop.native import CONFIG_FILE, LATEST_FILE, PROCESSOR_FOLDER, STATE_FILE, Box, box, model_boxes, read_boxes
+from dsvl_train.interop.native import CONFIG_FILE, LATEST_FILE, PROCESSOR_FOLDER, STATE_FILE, Box, box, model_boxes, read_boxes, write_boxes
 from dsvl_train.models.logical import logical_tensors
 from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.training.optimiser import MOMENTS, ModalityOptimiser
@@ -50,8 +48,7 @@ def save(folder: Path, cfg: RunConfig, model: VisionLanguageModel, optimiser: Mo
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    tensors = model_boxes(model) | _optimiser_boxes(model, optimiser)
-    dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True))
+    write_boxes(unfinished, model_boxes(model) | _optimiser_boxes(model, optimiser))
     if is_main:
         _copy_processor(Path(cfg.data.processor), unfinished / PROCESSOR_FOLDER)
         (unfinished / CONFIG_FILE).write_text(to_yaml(cfg))
