@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from dsvl_train.reporting.metrics import Record, number, read_metrics
+from dsvl_train.reporting.metrics import Record, number, read_metrics, total
 
 MODALITIES = ("text", "multimodal")
 
@@ -36,6 +36,11 @@ class Run:
     def stage(self) -> str:
         """The stage's name; the folder's without a config."""
         return str(self.setting("stage.name", self.folder.name))
+
+    @property
+    def seconds(self) -> float:
+        """Time of the steps and of their waits for data. Checkpoints and start-up are not in it."""
+        return total(self.records, "step_s") + total(self.records, "data_wait_s")
 
     def of(self, modality: str) -> list[Record]:
         return [record for record in self.records if record.get("modality") == modality]

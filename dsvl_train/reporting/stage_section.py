@@ -151,10 +151,15 @@ def _learning_rate(run: Run) -> Chart:
         return Chart("Learning rate", "per step", [Series("learning rate", *run.column("lr"), "c3")], zero=True)
     series = []
     for index, group in enumerate(groups):
-        kept = [record for record in run.records if isinstance(record.get("lr"), Mapping)]
-        xs, ys = [float(record["step"]) for record in kept], [number(record["lr"].get(group)) for record in kept]
-        series.append(Series(str(group), xs, ys, _COLOURS[index % len(_COLOURS)]))
+        kept = [record for record in run.records if isinstance(record.get("lr"), Mapping) and group in record["lr"]]
+        xs, ys = [float(record["step"]) for record in kept], [number(record["lr"][group]) for record in kept]
+        series.append(Series(_group_name(str(group)), xs, ys, _COLOURS[index % len(_COLOURS)]))
     return Chart("Learning rate", "by parameter group", series, zero=True)
+
+
+def _group_name(group: str) -> str:
+    """Groups named by their multiplier, x0.1, are written as people do."""
+    return f"\u00d7{group[1:]}" if group[:1] == "x" and group[1:2].isdigit() else group
 
 
 def _gradient_norm(run: Run) -> Chart:
@@ -184,7 +189,7 @@ def _aux_loss(run: Run) -> Chart:
     series, window = _by_modality(run, "aux_loss")
     if not any(y for s in series for y in s.ys):
         return Chart("", "", [])
-    return Chart("Balancing loss", "auxiliary, as added to the loss", series, _averaging(window))
+    return Chart("Balancing loss", "auxiliary loss, mean of MoE layers", series, _averaging(window))
 
 
 # -------------------------------------------------------------------------------------------------------------------- experts
@@ -257,13 +262,14 @@ def _tiles_per_image(run: Run) -> str:
         histogram = record.get("tiles_per_image") or record.get("tiles_histogram")
         if isinstance(histogram, Mapping):
             counts.update({int(tiles): int(images) for tiles, images in histogram.items()})
-    if not counts:
+    if not counts or set(counts) == {0}:
+        # VL: every image is one tile.
         return ""
     labels = list(range(min(counts), max(counts) + 1))
     images = sum(counts.values())
     average = sum(tiles * n for tiles, n in counts.items()) / images
-    note = f"{images:,} images in the run, {average:.2f} tiles each on average."
-    return bars("Tiles per image", "images", [str(tiles) for tiles in labels], [counts[tiles] for tiles in labels], "tiles", note)
+    note = f"{images:,} images in the run, {average:.2f} local tiles each on average; the thumbnail is one tile more."
+    return bars("Tiles per image", "images", [str(tiles) for tiles in labels], [counts[tiles] for tiles in labels], "local tiles", note)
 
 
 def _speed(run: Run) -> Chart:
@@ -277,7 +283,7 @@ def _step_time(run: Run) -> Chart:
         Series("waiting for data", *run.column("data_wait_s"), "c5", "dots"),
     ]
     waited, spent = total(run.records, "data_wait_s"), total(run.records, "step_s")
-    note = f"Waiting for data took {percent(waited / spent, 1)} of the run." if spent else ""
+    note = f"Waiting for data, which comes before the step, took {percent(waited / (waited + spent), 1)} of the run." if spent else ""
     return Chart("Step time", "seconds", series, note, zero=True, robust=True)
 
 
@@ -293,11 +299,7 @@ def _bad_samples(run: Run) -> Chart:
     xs, ys = run.column("bad_samples")
     if not any(ys):
         return Chart("", "", [])
-    sums, so_far = [], 0.0
-    for value in ys:
-        so_far += value or 0.0
-        sums.append(so_far)
-    return Chart("Bad samples", "replaced by masked padding, sum so far", [Series("bad samples", xs, sums, "c6")], zero=True)
+    return Chart("Bad samples", "replaced by masked padding, so far", [Series("bad samples", xs, ys, "c6")], zero=True)
 
 
 def modality_tail(records: Sequence[Record], modality: str) -> tuple[float, float] | None:

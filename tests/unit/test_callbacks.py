@@ -131,8 +131,8 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 def test_throughput_is_sums_over_sums_in_the_window(tmp_path):
     trainer, callback = Trainer(tmp_path), Throughput(window=2)
     trainer.do_step([callback], tokens=1000, tiles=0, step_s=1.0)
-    trainer.do_step([callback], tokens=100, tiles=6, step_s=2.0)
-    assert trainer.metrics["tokens_per_s"] == 50.0 and trainer.metrics["tiles_per_s"] == 3.0
+    trainer.do_step([callback], tokens=100, tiles=6, step_s=1.5, data_wait_s=0.5)
+    assert trainer.metrics["tokens_per_s"] == 100 / 1.5 and trainer.metrics["tiles_per_s"] == 4.0
     assert trainer.metrics["tokens_per_s_avg"] == 1100 / 3 and trainer.metrics["tiles_per_s_avg"] == 2.0
     trainer.do_step([callback], tokens=100, tiles=0, step_s=2.0, tokens_per_s=7.0)
     assert trainer.metrics["tokens_per_s"] == 7.0 and trainer.metrics["tokens_per_s_avg"] == 50.0

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dsvl_train.reporting import parse_evaluations, report
 from dsvl_train.reporting.charts import POINT_LIMIT, Chart, Figures, Series
 from dsvl_train.reporting.metrics import read_metrics, smooth, thin
-from dsvl_train.reporting.report import parse_evaluations, report
 from dsvl_train.reporting.scale import Axis, compact, tick_labels, value_axis
 from dsvl_train.reporting.stage_section import relative_load
 
@@ -333,11 +333,12 @@ def test_the_text_share_chart_states_the_largest_distance_from_the_target(tmp_pa
 def test_expert_loads_tiles_and_bad_samples_are_shown_with_their_numbers(tmp_path):
     records = alternating(20)
     records[1]["tiles_per_image"], records[3]["tiles_per_image"] = {"1": 12, "3": 2}, {"1": 1}
-    records[4]["bad_samples"] = 2
+    for r in records[4:]:
+        r["bad_samples"] = 2
     page = read_page(report([make_run(tmp_path / "run", records)], tmp_path / "r.html"))
     titles = [value for tag, name, value in page.attributes if tag == "td" and name == "title"]
     assert titles[:3] == ["layer 1, expert 0: 0.750", "layer 1, expert 1: 0.750", "layer 1, expert 2: 1.500"] and len(titles) == 6
-    assert "15 images in the run, 1.27 tiles each on average." in page.text
+    assert "15 images in the run, 1.27 local tiles each on average;" in page.text
     (bad,) = page.series("bad samples")
     assert bad["y"] == [0, 0, 0, 0] + [2] * 16
     (worst,) = page.series("worst layer")
@@ -349,6 +350,19 @@ def test_steps_without_a_finite_loss_are_counted(tmp_path):
     records[6]["loss"] = None
     page = read_page(report([make_run(tmp_path / "run", records)], tmp_path / "r.html"))
     assert "1 step without a finite loss." in page.text
+
+
+def test_learning_rate_groups_may_come_and_go(tmp_path):
+    records = alternating(10)
+    for r in records:
+        r["lr"] = {"x1": 1e-3} if r["modality"] == "text" else {"x1": 1e-3, "x0.1": 1e-4}
+    page = read_page(report([make_run(tmp_path / "run", records)], tmp_path / "r.html"))
+    assert [s["x"] for s in page.series("\u00d70.1")] == [[2, 4, 6, 8, 10]] and len(page.series("\u00d71")[0]["x"]) == 10
+
+
+def test_time_and_data_wait_of_the_summary(tmp_path):
+    page = read_page(report([make_run(tmp_path / "run", alternating(40))], tmp_path / "r.html"))
+    assert "took 9.1% of the run" in page.text and "22 s" in page.text  # 40 steps of 0.5 s and 0.05 s of waiting
 
 
 def test_the_barest_run_and_a_run_without_steps_still_make_a_page(tmp_path):

@@ -30,7 +30,7 @@ class Progress(Callback):
         self._first = self._last = 0
         self._losses: dict[str, float] = {}
         self._seconds: deque[float] = deque(maxlen=_RATE_WINDOW)
-        self._printed_at = 0.0
+        self._printed_at = self._stepped_at = 0.0
         self._printed_step = -1
 
     def on_run_start(self, trainer: TrainerView) -> None:
@@ -39,7 +39,7 @@ class Progress(Callback):
         run = trainer.cfg.run
         self._first = trainer.step + 1
         self._last = min(run.max_steps, run.stop_after) if run.stop_after else run.max_steps
-        self._printed_at = self._clock()
+        self._printed_at = self._stepped_at = self._clock()
         if self._out.isatty():
             from tqdm import tqdm
 
@@ -54,7 +54,9 @@ class Progress(Callback):
             return
         if isinstance(loss := metrics.get("loss"), (int, float)):
             self._losses[str(metrics.get("modality", "loss"))] = float(loss)
-        self._seconds.append(float(metrics.get("step_s") or 0.0))
+        now = self._clock()
+        self._seconds.append(now - self._stepped_at)
+        self._stepped_at = now
         if self._bar is not None:
             self._bar.set_postfix_str(self._status(metrics), refresh=False)
             self._bar.update(1)

@@ -9,10 +9,10 @@ from dsvl_train.training.callbacks.base import Callback, Metrics, TrainerView
 
 class Throughput(Callback):
     """Adds `tokens_per_s` and `tiles_per_s` of the step where the trainer did not, and `tokens_per_s_avg` and `tiles_per_s_avg` over the
-    last `window` steps: their sum of tokens (tiles) over their sum of seconds.
+    last `window` steps: their sum of tokens (tiles) over their sum of seconds, waits for data included.
 
-    Reads `tokens`, `tiles` (both of the global batch) and `step_s` (wall-clock seconds of the step, its wait for data included). A step
-    without `step_s` is left as it is.
+    Reads `tokens`, `tiles` (both of the global batch), `step_s` (seconds of the step itself) and `data_wait_s` (seconds it waited for its
+    batch before). A step without `step_s` is left as it is.
     """
 
     def __init__(self, window: int = 20) -> None:
@@ -23,7 +23,7 @@ class Throughput(Callback):
         if seconds <= 0.0:
             return
         tokens, tiles = float(metrics.get("tokens") or 0), float(metrics.get("tiles") or 0)
-        self._recent.append((seconds, tokens, tiles))
+        self._recent.append((seconds + float(metrics.get("data_wait_s") or 0.0), tokens, tiles))
         total_s, total_tokens, total_tiles = (sum(column) for column in zip(*self._recent, strict=True))
         metrics.setdefault("tokens_per_s", tokens / seconds)
         metrics.setdefault("tiles_per_s", tiles / seconds)

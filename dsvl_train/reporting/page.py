@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsvl_train.reporting.charts import Chart, Figures, Series
 from dsvl_train.reporting.evaluation_section import Evaluation, read_evaluation, results_section
-from dsvl_train.reporting.metrics import smooth, total
+from dsvl_train.reporting.metrics import number, smooth, total
 from dsvl_train.reporting.runs import MODALITIES, Run, read_run
 from dsvl_train.reporting.scale import NO_VALUE, compact, percent
 from dsvl_train.reporting.stage_section import modality_tail, stage_section, stage_title
@@ -76,7 +76,7 @@ def _page(runs: list[Run], evaluations: list[Evaluation], title: str | None) -> 
 
 def _subtitle(runs: Sequence[Run], model: str) -> str:
     steps, tokens = sum(len(run.records) for run in runs), sum(total(run.records, "tokens") for run in runs)
-    seconds = sum(total(run.records, "step_s") for run in runs)
+    seconds = sum(run.seconds for run in runs)
     stages = f"{len(runs)} training stage{'s' if len(runs) > 1 else ''}"
     parts = [model, stages, f"{steps:,} steps", f"{compact(tokens)} tokens" if tokens else "", _span(seconds) if seconds else ""]
     return ", ".join(part for part in parts if part) + "."
@@ -106,7 +106,8 @@ def _summary(runs: Sequence[Run]) -> str:
 
 def _summary_row(run: Run) -> list[str]:
     records = run.records
-    seconds, tokens = total(records, "step_s"), total(records, "tokens")
+    seconds, tokens = run.seconds, total(records, "tokens")
+    bad = [count for record in records if (count := number(record.get("bad_samples"))) is not None]
     planned = run.setting("run.max_steps")
     done = records[-1]["step"] if records else 0
     losses = [modality_tail(records, modality) for modality in MODALITIES]
@@ -120,7 +121,7 @@ def _summary_row(run: Run) -> list[str]:
         *(NO_VALUE if loss is None else f"<small>{loss[0]:.3f} →</small> {loss[1]:.3f}" for loss in losses),
         compact(tokens / seconds) if seconds else NO_VALUE,
         percent(total(records, "data_wait_s") / seconds, 1) if seconds else NO_VALUE,
-        f"{total(records, 'bad_samples'):,.0f}",
+        f"{bad[-1]:,.0f}" if bad else NO_VALUE,
         _span(seconds),
     ]
 
