@@ -152,6 +152,7 @@ class ShardWriter:
         if error_type is None:
             self.close()
         elif self._stream is not None:
+            self._tar.close()
             self._stream.close()
             self._unfinished.unlink(missing_ok=True)
 

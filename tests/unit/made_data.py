@@ -16,9 +16,9 @@ from dsvl_train.data.processor import Processor
 from dsvl_train.data.shards import ShardWriter
 from dsvl_train.data.text_corpus import write_text_corpus
 
-VL2_FOLDER = Path(__file__).parents[1] / "golden" / "data" / "vl2" / "mha_softmax"
+VL2_FOLDER = Path(__file__).parents[1] / "golden" / "data" / "vl2" / "mla_softmax"
 VL_FOLDER = Path(__file__).parents[1] / "golden" / "data" / "vl"
-WORDS = "tile thumbnail adaptor expert token pack window shard step rank loss mask image plan byte digit".split()
+WORDS = ["tile", "thumbnail", "adaptor", "expert", "token", "pack", "window", "shard", "step", "rank", "loss", "mask", "image", "plan"]
 
 
 class MadeSource:
@@ -54,14 +54,23 @@ def text_source(path: Any, weight: float = 1.0) -> SourceConfig:
     return SourceConfig(kind="text", path=str(path), modality="text", weight=weight)
 
 
-def picture(width: int, height: int, seed: int = 0, kind: str = "PNG") -> bytes:
-    """An encoded image of noise over a gradient."""
+def picture(width: int, height: int, seed: int = 0, kind: str = "PNG", flat: bool = False) -> bytes:
+    """An encoded image: noise over a gradient, or one colour."""
     rng = np.random.default_rng(seed)
     ramp = np.linspace(0, 200, width * height).reshape(height, width, 1)
     pixels = (ramp + rng.integers(0, 55, (height, width, 3))).astype(np.uint8)
+    pixels = np.full_like(pixels, 99) if flat else pixels
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, kind)
     return stream.getvalue()
+
+
+def bomb() -> bytes:
+    """A small PNG that declares 60,000 x 60,000 pixels."""
+    raw = bytearray(picture(8, 8))
+    raw[16:24] = (60_000).to_bytes(4, "big") * 2
+    raw[29:33] = crc32(bytes(raw[12:29])).to_bytes(4, "big")
+    return bytes(raw)
 
 
 def sentence(rng: np.random.Generator, words: int) -> str:
