@@ -189,7 +189,8 @@ class Job:
         print(f"rank {rank} {how}{hint} without an error message", file=sys.stderr)
         if rank:
             lines = self._log_file(rank).read_text(encoding="utf-8", errors="replace").splitlines()
-            print("\n".join(["its last lines:", *lines[-_LOG_LINES_SHOWN:]]), file=sys.stderr, flush=True)
+            if lines:
+                print("\n".join(["its last lines:", *lines[-_LOG_LINES_SHOWN:]]), file=sys.stderr, flush=True)
 
     def _error_file(self, rank: int) -> Path:
         return self._scratch / f"error_{rank}.json"
