@@ -261,3 +261,31 @@ def test_optimiser_leaves_vectors_without_weight_decay(world: startup.World) -> 
     decay = {id(p): group["weight_decay"] for group in bench.optimiser.param_groups() for p in group["params"]}
     for name, parameter in bench.model.named_parameters():
         assert decay[id(parameter)] == (0.0 if parameter.dim() == 1 else 0.1), name
+
+
+@pytest.mark.parametrize("family", ["vl", "vl2"])
+def test_bf16_keeps_fp32_main_weights_and_resumes(world: startup.World, family: str, tmp_path: Path) -> None:
+    """The CUDA default, run here on the CPU: losses near fp32's, main weights finer than bf16, and a restored run bit-equal."""
+    from dataclasses import replace
+
+    from dsvl_train.training import checkpoint
+
+    (tmp_path / "processor").mkdir()
+    half = replace(world, params_dtype=torch.bfloat16)
+    bench, reference = Bench(half, family, data__processor=str(tmp_path / "processor")), Bench(world, family)
+    got, want = (b.run("multimodal", "text", "multimodal") for b in (bench, reference))
+    assert [r["loss"] for r in got] == pytest.approx([r["loss"] for r in want], rel=0.02)
+    weight = bench.model.language.language.output_layer.weight
+    main = bench.optimiser.main_param(weight)
+    assert weight.dtype == torch.bfloat16
+    assert main.dtype == torch.float32
+    assert not torch.equal(main, weight.float())
+    torch.testing.assert_close(main.to(torch.bfloat16), weight.detach(), rtol=0, atol=0)
+
+    folder = checkpoint.step_folder(tmp_path, 3)
+    checkpoint.save(folder, bench.cfg, bench.model, bench.optimiser, checkpoint.TrainState(3, {}, bench.optimiser.steps_taken(), 0))
+    restored = Bench(half, family, run__seed=5)
+    checkpoint.load(folder, restored.model, restored.optimiser)
+    restored.done = bench.done
+    assert [r["loss"] for r in restored.run("multimodal", "text")] == [r["loss"] for r in bench.run("multimodal", "text")]
+    assert torch.equal(restored.optimiser.main_param(restored.model.language.language.output_layer.weight), main)
