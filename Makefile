@@ -34,11 +34,9 @@ demo: setup
 	@$(BIN)/python -m data_recipes.demo.run --model $(MODEL) --seed $(SEED) --nproc $(NPROC)
 
 test: setup
-	@$(BIN)/ruff check .
 	@$(BIN)/python tests/run.py
 
 test-quick: setup
-	@$(BIN)/ruff check .
 	@$(BIN)/python tests/run.py --quick
 
 lint: setup

@@ -1,4 +1,4 @@
-"""All tests, the multi-process ones after the others; the last line counts them. `--quick` leaves the multi-process ones out."""
+"""ruff, then all tests, the multi-process ones last; the last line counts the tests. `--quick` leaves the multi-process ones out."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _NO_TESTS_COLLECTED = 5
 def main(arguments: list[str]) -> int:
     """Run the parts; 0 if nothing failed. Arguments other than --quick go to pytest."""
     totals = {"passed": 0, "failed": 0, "skipped": 0}
+    print("== ruff", flush=True)
+    ruff_ok = subprocess.run([sys.executable, "-m", "ruff", "check", "--output-format=concise", "."], cwd=ROOT, check=False).returncode == 0
     ok = True
     for name, selection in PARTS.items():
         if "--quick" in arguments and "tests/distributed" in selection:
@@ -34,8 +36,10 @@ def main(arguments: list[str]) -> int:
                 totals[outcome] += number
     if not ok and not totals["failed"]:
         totals["failed"] = 1  # pytest itself could not run
+    if not ruff_ok:
+        print("ruff found problems (at the top)")
     print(", ".join(f"{number} {outcome}" for outcome, number in totals.items()), flush=True)
-    return 0 if ok else 1
+    return 0 if ok and ruff_ok else 1
 
 
 def _counts(report: Path) -> dict[str, int]:
