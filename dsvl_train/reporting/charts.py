@@ -19,6 +19,8 @@ POINT_LIMIT = 4000
 """Points of one series that are drawn singly; a longer one shows the lowest and highest of neighbours."""
 _BOX = 1000
 _STRIP_CELLS = 500
+_FULL_HEAT = 0.8
+"""Opacity of the strongest cell of a heat map; the numbers stay legible on it."""
 
 Look = Literal["line", "dots", "dash", "thin"]
 _EACH_STEP: tuple[Look, ...] = ("dots", "thin")
@@ -168,7 +170,8 @@ def _marks(look: Look, colour: str, xs: Sequence[float], ys: Sequence[float | No
     if look == "dots" or sum(y is not None for y in ys) == 1:
         # A line of no length with round ends stays a circle however the picture is stretched.
         dots = "".join(f"M{_x(x_axis, x)} {_y(y_axis, y)}h0" for x, y in zip(xs, ys, strict=True) if y is not None)
-        return f'<path class="dots {colour}{" many" if len(xs) > 400 else ""}" d="{dots}"/>'
+        crowd = " few" if len(xs) <= 60 else " many" if len(xs) > 400 else ""
+        return f'<path class="dots {colour}{crowd}" d="{dots}"/>'
     path, pen_down = [], False
     for x, y in zip(xs, ys, strict=True):
         if y is not None:
@@ -248,7 +251,7 @@ def load_map(title: str, unit: str, rows: Sequence[tuple[str, Sequence[float]]],
         cells = []
         for expert, value in enumerate(values):
             side, strength = ("over", value - 1.0) if value >= 1 else ("under", 1.0 - value)
-            style = f"background:rgba(var(--{side}),{min(strength, 1.0):.3f})"
+            style = f"background:rgba(var(--{side}),{_FULL_HEAT * min(strength, 1.0):.3f})"
             text = f"{value:.2f}" if numbered else ""
             cells.append(f'<td style="{style}" title="{escape(label)}, expert {expert}: {value:.3f}">{text}</td>')
         lines.append(f"<tr><th>{escape(label)}</th>{''.join(cells)}</tr>")

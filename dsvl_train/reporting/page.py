@@ -11,7 +11,7 @@ from dsvl_train.reporting.evaluation_section import Evaluation, read_evaluation,
 from dsvl_train.reporting.metrics import number, smooth, total
 from dsvl_train.reporting.runs import MODALITIES, Run, read_run
 from dsvl_train.reporting.scale import NO_VALUE, compact, percent
-from dsvl_train.reporting.stage_section import modality_tail, stage_section, stage_title
+from dsvl_train.reporting.stage_section import modality_tail, stage_section, stage_titles
 from dsvl_train.reporting.style import CSS, JS
 
 _NO_OUTSIDE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -49,20 +49,21 @@ def parse_evaluations(pairs: Iterable[str]) -> dict[str, Path]:
 
 def _page(runs: list[Run], evaluations: list[Evaluation], title: str | None) -> str:
     figures = Figures()
-    titles = {run.stage: stage_title(run) for run in runs}
+    titles = stage_titles(runs)
+    by_stage = {run.stage: title for run, title in zip(runs, titles, strict=True)}
     model = str(next((name for run in runs if (name := run.setting("model.name"))), "Training report"))
     heading = title or model
     anchors = [f"stage-{index}" for index in range(1, len(runs) + 1)]
     links = [("#results", "Results")] if evaluations else []
-    links += [("#stages", "Stages")] + [(f"#{anchor}", stage_title(run)) for anchor, run in zip(anchors, runs, strict=True)]
+    links += [("#stages", "Stages")] + [(f"#{anchor}", name) for anchor, name in zip(anchors, titles, strict=True)]
     navigation = "".join(f'<a href="{href}">{escape(text)}</a>' for href, text in links)
     parts = [
         f"<header><h1>{escape(heading)}</h1><p>{escape(_subtitle(runs, model if title else ''))}</p></header>",
         f"<nav><div>{navigation}</div></nav><main>",
-        results_section(evaluations, titles) if evaluations else "",
-        f'<section id="stages"><h2>Stages</h2>{_summary(runs)}',
-        f'<div class="grid after-table">{figures.draw(_whole_path(runs))}</div></section>',
-        *(stage_section(run, anchor, figures) for run, anchor in zip(runs, anchors, strict=True)),
+        results_section(evaluations, by_stage) if evaluations else "",
+        f'<section id="stages"><h2>Stages</h2>{_summary(runs, titles)}',
+        f'<div class="grid after-table">{figures.draw(_whole_path(runs, titles))}</div></section>',
+        *(stage_section(run, name, anchor, figures) for run, name, anchor in zip(runs, titles, anchors, strict=True)),
         "</main><footer>Made from metrics.jsonl and config.yaml of each run. "
         "A step that was repeated after a resume counts once, as it last ran.</footer>",
     ]
@@ -82,7 +83,7 @@ def _subtitle(runs: Sequence[Run], model: str) -> str:
     return ", ".join(part for part in parts if part) + "."
 
 
-def _summary(runs: Sequence[Run]) -> str:
+def _summary(runs: Sequence[Run], titles: Sequence[str]) -> str:
     heads = (
         "Stage",
         "Steps",
@@ -97,14 +98,16 @@ def _summary(runs: Sequence[Run]) -> str:
         "Bad samples",
         "Time",
     )
-    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _summary_row(run))}</tr>" for run in runs)
+    rows = "".join(
+        f"<tr>{''.join(f'<td>{cell}</td>' for cell in _summary_row(run, title))}</tr>" for run, title in zip(runs, titles, strict=True)
+    )
     return (
         f'<div class="table-box"><table class="plain"><thead><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr></thead>'
         f'<tbody>{rows}</tbody></table></div><p class="note">Losses: mean of the first and of the last tenth of the steps.</p>'
     )
 
 
-def _summary_row(run: Run) -> list[str]:
+def _summary_row(run: Run, title: str) -> list[str]:
     records = run.records
     seconds, tokens = run.seconds, total(records, "tokens")
     bad = [count for record in records if (count := number(record.get("bad_samples"))) is not None]
@@ -112,7 +115,7 @@ def _summary_row(run: Run) -> list[str]:
     done = records[-1]["step"] if records else 0
     losses = [modality_tail(records, modality) for modality in MODALITIES]
     return [
-        escape(stage_title(run)),
+        escape(title),
         f"{done:,}" + (f" <small>of {planned:,}</small>" if isinstance(planned, int) and planned != done else ""),
         percent(len(run.of("text")) / len(records), 1) if records else NO_VALUE,
         compact(tokens),
@@ -126,11 +129,11 @@ def _summary_row(run: Run) -> list[str]:
     ]
 
 
-def _whole_path(runs: Sequence[Run]) -> Chart:
+def _whole_path(runs: Sequence[Run], titles: Sequence[str]) -> Chart:
     """The averaged losses of all stages end to end."""
     points: dict[str, tuple[list[float], list[float | None]]] = {modality: ([], []) for modality in MODALITIES}
     bands, offset = [], 0.0
-    for run in runs:
+    for run, title in zip(runs, titles, strict=True):
         for modality, (xs, ys) in points.items():
             steps, losses = run.column("loss", run.of(modality))
             if xs and steps:
@@ -142,7 +145,7 @@ def _whole_path(runs: Sequence[Run]) -> Chart:
             ys += averages
         last = float(run.records[-1]["step"]) if run.records else 0.0
         if last:
-            bands.append((offset + 1, offset + last, stage_title(run)))
+            bands.append((offset + 1, offset + last, title))
         offset += last
     ends = [first for first, _, _ in bands]
     bands = [(first, following, label) for (first, _, label), following in zip(bands, [*ends[1:], offset], strict=True)]

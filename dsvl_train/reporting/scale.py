@@ -75,27 +75,33 @@ def _log_ticks(low: float, high: float, count: int) -> list[float]:
     return ticks[::every]
 
 
-def compact(value: float) -> str:
-    """A number in few characters: 0.0123, 3.46, 120, 12.5k, 3.4M, 5.4e-4."""
+def compact(value: float, digits: int = 3) -> str:
+    """A number in few characters, rounded to so many significant digits: 0.0123, 3.46, 120, 12.5k, 3.4M, 5.4e-4."""
     size = abs(value)
     if size == 0:
         return "0"
     if size < 1e-3:
-        return _scientific(value)
+        return _scientific(value, digits)
     for limit, unit, suffix in ((999.5e6, 1e9, "G"), (999.5e3, 1e6, "M"), (9999.5, 1e3, "k")):
         if size >= limit:
-            return f"{_trim(f'{value / unit:.3g}')}{suffix}" if size / unit < 999.5 else f"{value / unit:,.0f}{suffix}"
+            return f"{_trim(f'{value / unit:.{digits}g}')}{suffix}" if size / unit < 999.5 else f"{value / unit:,.0f}{suffix}"
     if size >= 999.5:
         return f"{value:,.0f}"
-    return _trim(f"{value:.3g}")
+    return _trim(f"{value:.{digits}g}")
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """The ticks of one axis, all in one notation, short enough to stand beside it."""
-    labels = [compact(tick) for tick in ticks]
-    if any("e" in label or len(label) > 6 for label in labels):
-        return [_scientific(tick) if tick else "0" for tick in ticks]
+    """The ticks of one axis, exact, all in one notation, short enough to stand beside it."""
+    digits = max([3, *(_digits(tick) for tick in ticks)])
+    labels = [compact(tick, digits) for tick in ticks]
+    if any("e" in label or len(label) > 7 for label in labels):
+        return [_scientific(tick, digits) if tick else "0" for tick in ticks]
     return labels
+
+
+def _digits(value: float) -> int:
+    """Significant digits that a round number needs."""
+    return next((digits for digits in range(1, 9) if abs(float(f"{value:.{digits}g}") - value) <= 1e-9 * abs(value)), 9)
 
 
 def percent(share: float, digits: int = 0) -> str:
@@ -103,8 +109,8 @@ def percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f}%"
 
 
-def _scientific(value: float) -> str:
-    mantissa, exponent = f"{value:.2e}".split("e")
+def _scientific(value: float, digits: int) -> str:
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{_trim(mantissa)}e{int(exponent)}"
 
 

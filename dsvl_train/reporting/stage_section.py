@@ -20,13 +20,16 @@ _COLOURS = ("c3", "c4", "c5", "c6", "c1", "c2")
 _STAGE_TITLES = {"lm": "Language model", "align": "Alignment", "pretrain": "Joint pretraining", "sft": "Supervised fine-tuning"}
 
 
-def stage_title(run: Run) -> str:
-    return _STAGE_TITLES.get(run.stage, run.stage)
+def stage_titles(runs: Sequence[Run]) -> list[str]:
+    """Names of runs for people: the stage's, with the folder's where two runs are of one stage."""
+    times = Counter(run.stage for run in runs)
+    names = [_STAGE_TITLES.get(run.stage, run.stage) for run in runs]
+    return [name if times[run.stage] == 1 else f"{name} ({run.folder.name})" for name, run in zip(names, runs, strict=True)]
 
 
-def stage_section(run: Run, anchor: str, figures: Figures) -> str:
+def stage_section(run: Run, title: str, anchor: str, figures: Figures) -> str:
     """The stage as HTML."""
-    head = f'<section id="{escape(anchor)}"><h2>{escape(stage_title(run))}</h2>{_facts(run)}'
+    head = f'<section id="{escape(anchor)}"><h2>{escape(title)}</h2>{_facts(run)}'
     if not run.records:
         return f'{head}<p class="lead">No step was recorded in {escape(run.folder.name)}/metrics.jsonl.</p></section>'
     groups: tuple[tuple[str, list[Chart | str]], ...] = (

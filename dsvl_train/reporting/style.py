@@ -89,6 +89,7 @@ path.line { stroke: var(--c); stroke-width: 2; }
 path.thin { stroke: var(--c); stroke-width: 1; opacity: .55; }
 path.dash { stroke: var(--c); stroke-width: 1.5; stroke-dasharray: 5 5; }
 path.dots { stroke: var(--c); stroke-width: 4; opacity: .32; }
+path.dots.few { stroke-width: 5; opacity: .6; }
 path.dots.many { stroke-width: 2.5; opacity: .25; }
 rect.band { fill: var(--band); }
 .y-tick, .x-tick, .x-label, .reference-label, .band-label { color: var(--muted); font-size: 12px; line-height: 16px; white-space: nowrap; }
@@ -129,8 +130,8 @@ rect.band { fill: var(--band); }
 .heat-box + .x-label { margin-top: 0; }
 .ramp { display: inline-flex; align-items: center; gap: 6px; margin-left: auto; font-size: 12px; color: var(--muted); }
 .ramp i { width: 34px; height: 9px; border-radius: 2px;
-  background: linear-gradient(to right, rgba(var(--under), 1), rgba(var(--under), 0)); }
-.ramp i ~ i { background: linear-gradient(to right, rgba(var(--over), 0), rgba(var(--over), 1)); }
+  background: linear-gradient(to right, rgba(var(--under), .8), rgba(var(--under), 0)); }
+.ramp i ~ i { background: linear-gradient(to right, rgba(var(--over), 0), rgba(var(--over), .8)); }
 
 .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 14px; }
 .examples.tiny { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }

@@ -187,6 +187,18 @@ def test_ticks_are_round_and_inside():
     assert Axis(1, 400).ticks(5) == [100, 200, 300, 400]
     assert Axis(0.3, 40, log=True).ticks(6) == pytest.approx([0.5, 1, 2, 5, 10, 20])
     assert tick_labels([0.0, 5e-4, 1e-3]) == ["0", "5e-4", "1e-3"]
+    assert tick_labels([1.025, 1.05, 1.075]) == ["1.025", "1.05", "1.075"]
+
+
+@given(st.floats(-1e7, 1e7), st.floats(1e-6, 1e7))
+def test_tick_labels_say_what_the_ticks_are(low, size):
+    axis = Axis(low, low + size)
+    if axis.high > axis.low and size > 1e-4 * abs(low):
+        ticks = axis.ticks(6)
+        labels = tick_labels(ticks)
+        units = {"k": 1e3, "M": 1e6, "G": 1e9}
+        read = [float(label.rstrip("kMG").replace(",", "")) * units.get(label[-1], 1.0) for label in labels]
+        assert 2 <= len(ticks) <= 8 and read == pytest.approx(ticks, rel=1e-6, abs=1e-12)
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20), st.booleans())
@@ -319,6 +331,11 @@ def test_an_evaluation_as_one_file_belongs_to_the_last_stage(tmp_path):
     (tmp_path / "e.json").write_text('{"tasks": {"digits": {"metric": "exact_match", "score": 0.5, "n": 2}}}')
     runs = [make_run(tmp_path / stage, alternating(2), stage) for stage in ("lm", "sft")]
     assert "scored after supervised fine-tuning" in read_page(report(runs, tmp_path / "r.html", tmp_path / "e.json")).text
+
+
+def test_two_runs_of_one_stage_are_told_apart_by_their_folders(tmp_path):
+    page = read_page(report([make_run(tmp_path / name, alternating(3)) for name in ("first", "second")], tmp_path / "r.html"))
+    assert "Joint pretraining (first)" in page.text and "Joint pretraining (second)" in page.text
 
 
 def test_the_text_share_chart_states_the_largest_distance_from_the_target(tmp_path):
