@@ -50,9 +50,9 @@ nav a:hover, nav a:focus-visible { color: var(--ink); border-color: var(--ink); 
 
 .table-box { overflow-x: auto; margin-top: 18px; }
 table.plain { border-collapse: collapse; width: 100%; font-size: 14px; }
-.plain th { text-align: right; font-weight: 500; color: var(--muted); padding: 6px 0 6px 22px; border-bottom: 1px solid var(--rule);
+.plain th { text-align: right; font-weight: 500; color: var(--muted); padding: 6px 0 6px 16px; border-bottom: 1px solid var(--rule);
   white-space: nowrap; vertical-align: bottom; }
-.plain td { text-align: right; padding: 7px 0 7px 22px; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+.plain td { text-align: right; padding: 7px 0 7px 16px; border-bottom: 1px solid var(--grid); white-space: nowrap; }
 .plain th:first-child, .plain td:first-child { text-align: left; padding-left: 0; }
 .plain td:first-child { font-weight: 600; }
 .plain small { color: var(--muted); font-weight: 400; font-size: 13px; }
