@@ -340,14 +340,6 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
     """How the processes divide the model and the batch; expert tensor parallelism is 1, so experts spread over world / pp."""
     parallel, language, data = config.parallel, config.model.language, config.data
     _at_least(config, 1, "parallel.tp", "parallel.pp", "parallel.vpp", "parallel.ep", "parallel.cp")
-    model_parallel = parallel.tp * parallel.pp * parallel.cp
-    if world_size % model_parallel:
-        raise ConfigError(
-            "parallel.tp * pp * cp, processes",
-            "parallel.tp * parallel.pp * parallel.cp must divide the number of processes",
-            value=f"{parallel.tp} * {parallel.pp} * {parallel.cp} = {model_parallel}, {world_size}",
-            fix=f"start a multiple of {model_parallel} processes (launch.nproc={model_parallel}), or lower parallel.tp",
-        )
     key = "model.language"
     _divides("parallel.tp", parallel.tp, f"{key}.heads", language.heads)
     if language.kv_heads is not None and language.mla is None:
@@ -362,6 +354,14 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
         _divides("parallel.ep", parallel.ep, f"{key}.moe.routed_experts", language.moe.routed_experts)
         shared = language.moe.shared_experts * language.moe.expert_width
         _divides("parallel.tp", parallel.tp, f"{key}.moe.shared_experts * expert_width", shared)
+    model_parallel = parallel.tp * parallel.pp * parallel.cp
+    if world_size % model_parallel:
+        raise ConfigError(
+            "parallel.tp * pp * cp, processes",
+            "parallel.tp * parallel.pp * parallel.cp must divide the number of processes",
+            value=f"{parallel.tp} * {parallel.pp} * {parallel.cp} = {model_parallel}, {world_size}",
+            fix=f"start a multiple of {model_parallel} processes (launch.nproc={model_parallel}), or lower parallel.tp",
+        )
     if world_size % (parallel.ep * parallel.pp):
         value = f"{parallel.ep}, {world_size} / {parallel.pp}"
         rule = "parallel.ep must divide the number of processes over parallel.pp"

@@ -45,7 +45,8 @@ class CorpusTokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def fingerprint(self) -> str: ...
+    @property
+    def text_fingerprint(self) -> str: ...
 
 
 def _indexed_dataset() -> Any:
@@ -86,7 +87,7 @@ class TextCorpusWriter:
         self._builder.finalize(self._unfinished(".idx"))
         card = {
             "format": 1,
-            "tokenizer": self.tokenizer.fingerprint(),
+            "tokenizer": self.tokenizer.text_fingerprint,
             "documents": self.documents,
             "tokens": self.tokens,
             "bytes": self.bytes,
@@ -189,10 +190,10 @@ class TextCorpus:
             theirs = card["tokenizer"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{setting}={self.prefix}: {path} is not a corpus card: {error!r}; write the corpus again") from error
-        if theirs != tokenizer.fingerprint():
+        if theirs != tokenizer.text_fingerprint:
             raise ValueError(
                 f"{setting}={self.prefix} was written with another tokenizer ({theirs[:12]}…) than data.processor's "
-                f"({tokenizer.fingerprint()[:12]}…): its ids mean other words. Write the corpus again with this tokenizer, or set "
+                f"({tokenizer.text_fingerprint[:12]}…): its ids mean other words. Write the corpus again with this tokenizer, or set "
                 "data.processor to the one that wrote it"
             )
         return card

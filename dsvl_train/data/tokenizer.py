@@ -160,6 +160,12 @@ class Tokenizer:
         return self._fingerprint
 
     @cached_property
+    def text_fingerprint(self) -> str:
+        """Hash of what decides the ids of plain text: equal in the two families' folders of one tokenizer, whose image tokens differ."""
+        source = _canonical_hash(self._source_text or self._backend.to_str())
+        return hashlib.sha256(json.dumps([source, self.bos_id, self.eos_id]).encode()).hexdigest()
+
+    @cached_property
     def _fingerprint(self) -> str:
         source = _canonical_hash(self._source_text or self._backend.to_str())
         special = [self.bos_id, self.eos_id, self.pad_id, self.image_id, self.prefix_ids, self.suffix_ids, self.vocab_size]

@@ -59,7 +59,7 @@ def test_the_card_says_what_is_in_it(processor: Processor, prefix: Path) -> None
     card = json.loads(Path(f"{prefix}.json").read_text())
     assert card == {
         "format": 1,
-        "tokenizer": processor.tokenizer.fingerprint(),
+        "tokenizer": processor.tokenizer.text_fingerprint,
         "documents": 4,
         "tokens": sum(len(stored(processor, text)) for text in TEXTS),
         "bytes": sum(len(text.encode()) for text in TEXTS),
@@ -90,7 +90,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(processor: Processor, prefix: 
     for suffix in (".bin", ".idx", ".json"):
         shutil.copy(f"{prefix}{suffix}", tmp_path / f"t{suffix}")
     card = tmp_path / "t.json"
-    card.write_text(card.read_text().replace(processor.tokenizer.fingerprint(), "0" * 64))
+    card.write_text(card.read_text().replace(processor.tokenizer.text_fingerprint, "0" * 64))
     with pytest.raises(ValueError, match=r"data\.sources\.t\.path=.* another tokenizer \(000000000000…\)[\s\S]*data\.processor"):
         TextCorpus(tmp_path / "t", 16, processor.tokenizer, SETTING)
     card.write_text("{}")

@@ -1,0 +1,224 @@
+"""Runs as a user types them: train.py with its own ranks and under torchrun, Ctrl-C, resume, and one clear error for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from made_data import picture, write_corpus
+
+from dsvl_train.data.processor import Processor, write_processor_folder
+from dsvl_train.data.shards import ShardWriter
+from dsvl_train.data.tokenizer import train_byte_level_bpe
+from dsvl_train.reporting.metrics import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+ANSWERS = ["zero", "one", "two", "three", "four", "five"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Processors of both families, shards of pictures with answers, a text corpus."""
+    folder = tmp_path_factory.mktemp("data")
+    bpe = train_byte_level_bpe([" ".join(ANSWERS), "what is this word on the tile and in the window"] * 20, 300)
+    write_processor_folder("vl2", folder / "processor_vl2", bpe, image_size=48, patch_size=8, downsample_ratio=2)
+    write_processor_folder("vl", folder / "processor_vl", bpe, image_size=128, tokens_per_image=36)
+    with ShardWriter(folder / "shards", max_samples=20) as writer:
+        for number in range(60):
+            image = picture(40 + 30 * (number % 4), 50, seed=number % 6)
+            user = {"role": "user", "content": "<image>\nwhat is this"}
+            writer.write([user, {"role": "assistant", "content": ANSWERS[number % 6]}], [("png", image)])
+    write_corpus(folder / "text", Processor.from_folder(folder / "processor_vl2"), documents=60)
+    return folder
+
+
+def overrides(data: Path, run_dir: Path, *more: str, family: str = "vl2", stage: str = "pretrain") -> list[str]:
+    """A recipe of the demo on the made data, shrunk."""
+    sources = {
+        "pretrain": [f"data.sources.pretrain.path={data}/shards", f"data.sources.text.path={data}/text"],
+        "align": [f"data.sources.align.path={data}/shards"],
+        "sft": [
+            f"data.sources.sft.path={data}/shards",
+            "~data.sources.sft_text",
+            f"data.sources.text.path={data}/text",
+            "data.sources.text.weight=1.0",
+        ],
+        "lm": [f"data.sources.text.path={data}/text"],
+    }[stage]
+    return [
+        f"recipe=demo_{family}/{stage}",
+        f"run.dir={run_dir}",
+        f"data.processor={data}/processor_{family}",
+        "init.from=null",
+        "run.max_steps=8",
+        "data.batch_size=4",
+        "data.micro_batch_size=1",
+        "data.seq_len=256",
+        *([] if stage == "align" else ["data.text_warmup_steps=4"]),
+        *sources,
+        *more,
+    ]
+
+
+def start(arguments: list[str], ranks: int = 1, torchrun: bool = False) -> subprocess.Popen[str]:
+    command = [sys.executable]
+    if torchrun:
+        command += ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
+        ranks = 0
+    command += ["train.py", *arguments] + ([f"launch.nproc={ranks}"] if ranks > 1 else [])
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def train(arguments: list[str], ranks: int = 1, torchrun: bool = False) -> subprocess.CompletedProcess[str]:
+    process = start(arguments, ranks, torchrun)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def losses(run_dir: Path) -> list[tuple[int, str, float]]:
+    return [(record["step"], record["modality"], record["loss"]) for record in read_metrics(run_dir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("uninterrupted")
+    done = train(overrides(data, run_dir), ranks=2)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def test_a_run_writes_what_scripts_rely_on(uninterrupted: Path) -> None:
+    records = read_metrics(uninterrupted / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, 9))
+    keys = (
+        "modality loss grad_norm lr tokens supervised_tokens tiles text_share text_share_target step_s data_wait_s tokens_per_s "
+        "tile_imbalance pack_fill bad_samples expert_load"
+    )
+    for record in records:
+        assert set(keys.split()) <= record.keys()
+        assert (record["tiles"] > 0) == (record["modality"] == "multimodal")
+    assert {record["modality"] for record in records} == {"text", "multimodal"}
+    assert (uninterrupted / "config.yaml").is_file()
+    assert (uninterrupted / "checkpoints" / "latest").read_text().strip() == "step_00000008"
+    assert (uninterrupted / "checkpoints" / "step_00000008" / "state.json").is_file()
+
+
+def test_the_realised_text_share_is_within_one_step_of_its_schedule(uninterrupted: Path) -> None:
+    text = target = 0.0
+    for record in read_metrics(uninterrupted / "metrics.jsonl"):
+        text += record["modality"] == "text"
+        target += record["text_ratio"]
+        assert abs(text - target) <= 1.0
+        assert record["text_share"] == pytest.approx(text / record["step"])
+        assert record["text_share_target"] == pytest.approx(target / record["step"])
+
+
+def test_one_process_gives_the_losses_of_two(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    done = train(overrides(data, tmp_path / "run", "data.workers=0"))
+    assert done.returncode == 0, done.stderr
+    for got, want in zip(losses(tmp_path / "run"), losses(uninterrupted), strict=True):
+        assert got[:2] == want[:2]
+        assert got[2] == pytest.approx(want[2], rel=1e-5)
+
+
+def test_stop_after_and_resume_continue_the_same_loss_curve(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = train(overrides(data, run_dir, "run.stop_after=5"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert [step for step, _, _ in losses(run_dir)] == [1, 2, 3, 4, 5]
+    done = train(overrides(data, run_dir), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert losses(run_dir) == losses(uninterrupted)
+
+
+def test_ctrl_c_under_torchrun_saves_and_the_run_goes_on(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    long = ["run.max_steps=8", "checkpoint.every=100"]
+    process = start(overrides(data, run_dir, *long), ranks=2, torchrun=True)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").is_file() or len(read_metrics(run_dir / "metrics.jsonl")) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    done = len(losses(run_dir))
+    if done == 8:
+        pytest.skip("the run was over before the signal came")
+    assert process.returncode != 0
+    assert f"stopped after step {done} (SIGINT) and saved" in err
+    finished = train(overrides(data, run_dir, *long), ranks=2, torchrun=True)
+    assert finished.returncode == 0, finished.stderr
+    assert losses(run_dir) == losses(uninterrupted)
+
+
+@pytest.mark.parametrize(("family", "stage"), [("vl", "pretrain"), ("vl", "sft"), ("vl2", "align")])
+def test_stages_of_both_families_run(data: Path, tmp_path: Path, family: str, stage: str) -> None:
+    done = train(overrides(data, tmp_path / "run", "run.max_steps=2", family=family, stage=stage), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------------- errors
+
+
+def broken_shard(data: Path, tmp_path: Path) -> list[str]:
+    shutil.copytree(data / "shards", tmp_path / "broken")
+    shard = sorted((tmp_path / "broken").glob("*.tar"))[0]
+    shard.write_bytes(shard.read_bytes()[:3000])
+    for index in (tmp_path / "broken").glob("*.npz"):
+        index.unlink()
+    return [f"data.sources.pretrain.path={tmp_path}/broken"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("case", "code", "words"),
+    [
+        ("wrong key", 2, ["data.text_rato", "data.text_ratio"]),
+        ("wrong type", 2, ["optim.lr", "fast"]),
+        ("missing folder", 1, ["data.sources.pretrain.path", "nowhere"]),
+        ("broken shard", 1, ["data.sources.pretrain.path", "damaged", ".tar"]),
+        ("impossible layout", 2, ["parallel.tp", "3", "heads"]),
+    ],
+)
+def test_a_mistake_gives_one_clear_error(data: Path, tmp_path: Path, case: str, code: int, words: list[str], ranks: int) -> None:
+    extra = {
+        "wrong key": lambda: ["data.text_rato=0.5"],
+        "wrong type": lambda: ["optim.lr=fast"],
+        "missing folder": lambda: [f"data.sources.pretrain.path={tmp_path}/nowhere"],
+        "broken shard": lambda: broken_shard(data, tmp_path),
+        "impossible layout": lambda: ["parallel.tp=3"],
+    }[case]()
+    done = train(overrides(data, tmp_path / "run", *extra), ranks=ranks)
+    assert done.returncode == code, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count(words[0]) <= 2
+
+
+def test_generate_answers_from_a_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(picture(60, 50))
+    command = [sys.executable, "-m", "dsvl_train.cli", "generate", "--model", str(uninterrupted), "--image", str(tmp_path / "image.png")]
+    command += ["--prompt", "what is this", "--max-new-tokens", "4"]
+    first, second = (subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120) for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    missing = subprocess.run([*command, "--image", "no.png"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert missing.returncode == 2
+    assert "no.png is not a file" in missing.stderr
+
+
+def test_state_is_small_json(uninterrupted: Path) -> None:
+    state = json.loads((uninterrupted / "checkpoints" / "step_00000008" / "state.json").read_text())
+    assert state["step"] == 8
+    assert len(json.dumps(state)) < 4096
