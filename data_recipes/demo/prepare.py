@@ -29,10 +29,10 @@ from data_recipes.demo import samples as demo
 from data_recipes.demo.images import TILE, chart_image, digit_image, page_image, word_image, wrap_words
 from data_recipes.demo.materials import Materials, load_materials
 
-VERSION = 1
+VERSION = 2
 """Raise it when the data change for the same settings."""
 VOCAB_SIZE = 2048
-SAMPLES = {"align": 4000, "pretrain": 9000, "sft": 9000, "sft_text": 2500}
+SAMPLES = {"align": 12000, "pretrain": 9000, "sft": 9000, "sft_text": 2500}
 """Samples per stage folder."""
 EVAL_ITEMS = {"words": 100, "charts": 60, "pages": 20}
 """Items per task besides the digits, of which all held-out scans are asked."""

@@ -218,21 +218,21 @@ def ask_docs(rng: Random, materials: Materials) -> DemoSample:
 
 
 MIXTURES: dict[str, tuple[tuple[Maker, float], ...]] = {
-    "align": ((caption_digit, 0.40), (caption_row, 0.10), (ocr_word, 0.35), (caption_chart, 0.10), (ocr_page, 0.05)),
+    "align": ((caption_digit, 0.50), (caption_row, 0.15), (ocr_word, 0.25), (caption_chart, 0.10)),
     "pretrain": (
-        (caption_digit, 0.24),
-        (caption_row, 0.08),
+        (caption_digit, 0.26),
+        (caption_row, 0.12),
         (ocr_word, 0.22),
-        (ocr_page, 0.12),
+        (ocr_page, 0.05),
         (interleaved, 0.12),
         (caption_chart, 0.04),
-        (chart_to_table, 0.06),
+        (chart_to_table, 0.04),
         # A small share of conversations, so that the base model can be asked already (VL §3.2.2).
-        (ask_digit, 0.06),
+        (ask_digit, 0.09),
         (ask_word, 0.03),
         (ask_chart, 0.03),
     ),
-    "sft": ((ask_digit, 0.36), (ask_row, 0.10), (ask_word, 0.26), (ask_page, 0.08), (ask_chart, 0.20)),
+    "sft": ((ask_digit, 0.44), (ask_row, 0.14), (ask_word, 0.24), (ask_page, 0.04), (ask_chart, 0.14)),
     "sft_text": ((ask_docs, 1.0),),
 }
 """Stage folder -> kinds and their shares."""

@@ -289,3 +289,36 @@ def test_bf16_keeps_fp32_main_weights_and_resumes(world: startup.World, family: 
     restored.done = bench.done
     assert [r["loss"] for r in restored.run("multimodal", "text")] == [r["loss"] for r in bench.run("multimodal", "text")]
     assert torch.equal(restored.optimiser.main_param(restored.model.language.language.output_layer.weight), main)
+
+
+TRAINED = {
+    "vl": {
+        "lm": ["language"],
+        "align": ["adaptor"],
+        "pretrain": ["adaptor", "language"],
+        "sft": ["vision.siglip", "adaptor", "language"],
+    },
+    "vl2": {
+        "lm": ["language"],
+        "align": ["vision", "adaptor"],
+        "pretrain": ["vision", "adaptor", "language"],
+        "sft": ["vision", "adaptor", "language"],
+    },
+}
+"""What each stage trains (VL §3.2, VL2 §4.1), a transcription to test conf/stage against."""
+
+
+@pytest.mark.parametrize(("family", "stage"), [(family, stage) for family, stages in TRAINED.items() for stage in stages])
+def test_every_stage_trains_what_the_papers_say_and_nothing_else(world: startup.World, family: str, stage: str) -> None:
+    import yaml
+
+    conf = Path(__file__).parents[2] / "conf" / "stage" / family / f"{stage}.yaml"
+    policy = [ParamRule(**rule) for rule in yaml.safe_load(conf.read_text())["policy"]]
+    bench = Bench(world, family, stage__policy=policy, stage__expert_bias_rate=0.0)
+    before = bench.state()
+    bench.run(*(["text", "text"] if stage == "lm" else ["multimodal", "multimodal"]))
+    after = bench.state()
+    for name, parameter in bench.model.named_parameters():
+        trained = any(name.startswith(part + ".") for part in TRAINED[family][stage])
+        assert parameter.requires_grad == trained, name
+        assert torch.equal(before[name], after[name]) != trained, name
