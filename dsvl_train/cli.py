@@ -70,7 +70,9 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("eval", help="score a checkpoint on tasks and on held-out text")
     parser.add_argument("--model", required=True, help="checkpoint folder, or a run folder (its latest checkpoint)")
-    parser.add_argument("--task", action="append", default=[], help="a task file (JSON lines of messages, images, answer); repeat for several")
+    parser.add_argument(
+        "--task", action="append", default=[], help="a task file (JSON lines of messages, images, answer); repeat for several"
+    )
     parser.add_argument("--text", help="held-out documents (JSON lines of text), for bits per byte")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--out", help="write the results with every answer to this JSON file")
@@ -145,9 +147,7 @@ def _data_index(arguments: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     processor = Processor.from_folder(arguments.processor)
-    index = open_index(
-        arguments.shards, processor, setting="SHARDS", processor_folder=arguments.processor, workers=arguments.workers
-    )
+    index = open_index(arguments.shards, processor, setting="SHARDS", processor_folder=arguments.processor, workers=arguments.workers)
     print(f"{len(index)} samples, {len(index.skipped)} skipped")
     for skipped in index.skipped[:20]:
         print(f"skipped {skipped.shard} {skipped.key}: {skipped.kind}: {skipped.reason}")

@@ -88,9 +88,7 @@ def _write_text_and_processors(out: Path, train: Materials, held: Materials) -> 
     texts = [document.text for document in train.documents]
     questions = [*demo.DIGIT_QUESTIONS, *demo.WORD_QUESTIONS, *demo.PAGE_QUESTIONS, *demo.COUNT_QUESTIONS, *demo.HIGHEST_QUESTIONS]
     tokenizer = train_byte_level_bpe([*texts, *questions], VOCAB_SIZE)
-    write_processor_folder(
-        "vl2", out / "processor_vl2", tokenizer, image_size=TILE, patch_size=PATCH_SIZE, downsample_ratio=DOWNSAMPLE
-    )
+    write_processor_folder("vl2", out / "processor_vl2", tokenizer, image_size=TILE, patch_size=PATCH_SIZE, downsample_ratio=DOWNSAMPLE)
     write_processor_folder("vl", out / "processor_vl", tokenizer, image_size=VL_IMAGE_SIZE, tokens_per_image=VL_TOKENS)
     (out / "text").mkdir()
     write_text_corpus(out / "text" / "train", texts, Processor.from_folder(out / "processor_vl2").tokenizer)

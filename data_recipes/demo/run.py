@@ -155,7 +155,9 @@ def _judge(results: list[StageResult]) -> int:
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     if not failures:
-        print(f"digits {digits:.1%} (at least 90 %), bits per byte {after / before - 1:+.1%} against the language model (at most +10 %): met")
+        print(
+            f"digits {digits:.1%} (at least 90 %), bits per byte {after / before - 1:+.1%} against the language model (at most +10 %): met"
+        )
     return 1 if failures else 0
 
 

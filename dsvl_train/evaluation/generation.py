@@ -28,9 +28,7 @@ class Sampling:
             raise ValueError(f"temperature={self.temperature} must be at least 0, and top_p={self.top_p} in (0, 1]")
 
 
-def generate(
-    loaded: LoadedModel, prompts: Sequence[Encoded], max_new_tokens: int, sampling: Sampling | None = None
-) -> list[list[int]]:
+def generate(loaded: LoadedModel, prompts: Sequence[Encoded], max_new_tokens: int, sampling: Sampling | None = None) -> list[list[int]]:
     """Continue each prompt until the model's end token or `max_new_tokens`. Returns the new ids, the end token left out.
 
     Args:

@@ -62,5 +62,3 @@ def _grouped(pieces: Iterator[Tensor], tokens_at_once: int) -> Iterator[list[Ten
         group.append(piece)
     if group:
         yield group
-
-

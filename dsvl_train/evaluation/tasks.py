@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,7 @@ from tqdm import tqdm
 from dsvl_train.data.processor import Encoded
 from dsvl_train.evaluation.generation import generate
 from dsvl_train.evaluation.loading import LoadedModel
-from dsvl_train.evaluation.scorers import anls, character_accuracy, contains, exact_match
-
-SCORERS: dict[str, Callable[[str, str], float]] = {
-    "exact_match": exact_match,
-    "contains": contains,
-    "character_accuracy": character_accuracy,
-    "anls": anls,
-}
-"""Metric name -> score of an answer against the truth, in [0, 1]."""
+from dsvl_train.evaluation.scorers import SCORERS
 
 
 @dataclass
@@ -74,7 +66,7 @@ def read_task(path: Path) -> tuple[str, list[TaskItem]]:
 
 def evaluate_task(loaded: LoadedModel, metric: str, items: Sequence[TaskItem], max_new_tokens: int, batch: int = 32) -> TaskResult:
     """Answer every item greedily and score it."""
-    examples = []
+    examples: list[dict[str, Any]] = []
     for start in tqdm(range(0, len(items), batch), desc="answering", leave=False, disable=None):
         group = items[start : start + batch]
         answers = generate(loaded, [_prompt(loaded, item) for item in group], max_new_tokens)

@@ -5,6 +5,7 @@ Shapes: t = tokens of a micro-batch (samples laid end to end), n = heads, d = he
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -100,6 +101,6 @@ class PackedAttention(nn.Module):
             F.scaled_dot_product_attention(
                 q[:, start:end], k[:, start:end], v[:, start:end], is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
             )
-            for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)
+            for start, end in itertools.pairwise(cu_seqlens)
         ]
         return torch.cat(outs, dim=1).transpose(0, 1)

@@ -134,9 +134,7 @@ def _sample_ids(cu_seqlens: Tensor, padding_t: Tensor) -> Tensor:
 
 def _packed(cu_seqlens: Tensor) -> PackedSeqParams:
     longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 class VisionLanguageModel:

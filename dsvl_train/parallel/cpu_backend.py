@@ -150,7 +150,7 @@ def _patch_tensor_methods() -> None:
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
     torch.Tensor.type = type_as_on_cuda  # type: ignore[method-assign, assignment]
-    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
 
 
 _installed = False

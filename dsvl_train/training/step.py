@@ -147,7 +147,9 @@ class TrainStep:
         )
         return loss_t, partial(self._loss, micro, labels_t, supervised_tokens)
 
-    def _loss(self, micro: MicroBatch, labels_t: Tensor, supervised_tokens: int, loss_t: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, micro: MicroBatch, labels_t: Tensor, supervised_tokens: int, loss_t: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the mean loss; its sums per source go to the metrics."""
         supervised_t = labels_t != IGNORE_INDEX
         loss_t = torch.where(supervised_t, loss_t.float(), 0.0)

@@ -120,7 +120,12 @@ def test_the_loss_is_the_mean_over_supervised_tokens_whatever_the_micro_batching
         for micro in batch.micro_batches:
             visual = None if micro.pixels_nchw is None else bench.model.vision(micro.pixels_nchw, micro.tiles_wh)
             loss_t = bench.model.language(
-                micro.tokens_t, micro.cu_seqlens, micro.padding_t, image_mask_t=micro.image_mask_t, visual_vh=visual, labels_t=micro.labels_t
+                micro.tokens_t,
+                micro.cu_seqlens,
+                micro.padding_t,
+                image_mask_t=micro.image_mask_t,
+                visual_vh=visual,
+                labels_t=micro.labels_t,
             )
             supervised_t = micro.labels_t != IGNORE_INDEX
             losses += float(loss_t[supervised_t].double().sum())
