@@ -10,11 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsvl_train.commands import encode
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Exit code 0, or 2 after one clear line about what is wrong with the input."""
     parser = argparse.ArgumentParser(prog="dsvl", description="Use, check and report on models trained with dsvl_train.")
     commands = parser.add_subparsers(dest="command", required=True)
+    encode.add(commands)
     _add_generate(commands)
     _add_eval(commands)
     _add_report(commands)

@@ -22,15 +22,24 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner,
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from dsvl_train.interop.folders import CONFIG_FILE, LATEST_FILE, PROCESSOR_FOLDER, STATE_FILE, find_latest, resolve
 from dsvl_train.models.logical import LogicalTensor, logical_tensors
 from dsvl_train.models.vlm import VisionLanguageModel
 
-STATE_FILE = "state.json"
-"""Step, data cursor, updates; written last, so a folder that has it is whole."""
-CONFIG_FILE = "config.yaml"
-PROCESSOR_FOLDER = "processor"
-"""Tokenizer and processor files, so that a checkpoint alone is enough to use the model."""
-LATEST_FILE = "latest"
+__all__ = [
+    "CONFIG_FILE",
+    "LATEST_FILE",
+    "PROCESSOR_FOLDER",
+    "STATE_FILE",
+    "Box",
+    "box",
+    "find_latest",
+    "load_weights",
+    "model_boxes",
+    "read_boxes",
+    "resolve",
+    "write_boxes",
+]
 
 
 @dataclass
@@ -79,36 +88,6 @@ def box(tensor: LogicalTensor, local: Tensor) -> Box:
 def model_boxes(model: VisionLanguageModel) -> dict[str, Box]:
     """Every weight and persistent buffer of this rank, by its stored name."""
     return {f"model.{tensor.name}": box(tensor, local) for tensor, local in logical_tensors(model)}
-
-
-def find_latest(run_dir: Path) -> Path | None:
-    """The run's newest complete checkpoint, or None.
-
-    Raises:
-        ValueError: `checkpoints/latest` names a folder that is not a checkpoint.
-    """
-    pointer = run_dir / "checkpoints" / LATEST_FILE
-    if not pointer.exists():
-        return None
-    folder = pointer.parent / pointer.read_text().strip()
-    if not (folder / STATE_FILE).is_file():
-        raise ValueError(f"{pointer} names {folder.name}, which is not a checkpoint; name another folder in that file, or remove it")
-    return folder
-
-
-def resolve(path: str | Path) -> Path:
-    """A checkpoint folder, or a run folder's latest.
-
-    Raises:
-        ValueError: neither.
-    """
-    path = Path(path)
-    if (path / STATE_FILE).is_file():
-        return path
-    latest = find_latest(path)
-    if latest is None:
-        raise ValueError(f"{path} is neither a checkpoint (no {STATE_FILE}) nor a run folder with one (no checkpoints/{LATEST_FILE})")
-    return latest
 
 
 def load_weights(folder: Path, model: VisionLanguageModel) -> None:

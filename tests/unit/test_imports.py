@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "failures": {"config"},
     "rank": {"config", "failures", "training"},
     "launcher": {"config", "failures", "rank", "training"},
-    "cli": {"config", "data", "evaluation", "failures", "interop", "launcher", "models", "parallel", "reporting", "training"},
+    "commands": {"config", "data", "evaluation", "failures", "interop", "models", "parallel"},
+    "cli": {"commands", "config", "data", "evaluation", "failures", "interop", "launcher", "models", "parallel", "reporting", "training"},
 }
 """Part of dsvl_train (a folder, or a module beside them) -> the parts that it may import."""
 

@@ -1,0 +1,1 @@
+"""Subcommands of `dsvl`, a module each: `add(commands)` declares one, its function runs it."""

@@ -1,0 +1,139 @@
+"""Conversations in a file, and the processor of a model folder: what a model will see, without its weights.
+
+Nothing here needs megatron-core.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsvl_train.config.compose import load_run_config
+from dsvl_train.data.conversation import ROLES
+from dsvl_train.data.errors import SampleError
+from dsvl_train.data.processor import Encoded, Processor
+from dsvl_train.interop import folders
+
+
+@dataclass(frozen=True)
+class FileSample:
+    """One conversation of a samples file."""
+
+    messages: list[dict[str, str]]
+    """Roles as the file spells them: ours, or either released family's."""
+    images: list[Path]
+    where: str
+    """File and index, for messages."""
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the last answer is empty, so that it is for the model to give."""
+        return ROLES.get(self.messages[-1]["role"]) == "assistant" and not self.messages[-1]["content"].strip()
+
+
+def read_samples(path: str | Path) -> list[FileSample]:
+    """Read a JSON list, or JSON lines, of objects with `messages` and `images`; image paths are relative to the file.
+
+    `images` may also stand in the messages, as in the released families' examples.
+
+    Raises:
+        ValueError: the file is not that; names file and sample index (from 0).
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file of samples")
+    try:
+        records = list(_records(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    if not records:
+        raise ValueError(f"{path} holds no sample")
+    return [_sample(record, path, index) for index, record in enumerate(records)]
+
+
+def encode_sample(processor: Processor, sample: FileSample, *, inference: bool | None = None) -> Encoded:
+    """Make a sample's tensors; None decides `inference` by whether its last answer is empty.
+
+    Raises:
+        ValueError: the sample cannot be used; names file, sample and reason.
+    """
+    try:
+        return processor.encode(sample.messages, sample.images, inference=sample.is_prompt if inference is None else inference)
+    except SampleError as error:
+        raise ValueError(f"{sample.where}: {error}") from error
+
+
+def load_processor(path: str | Path, *, mask_prompt: bool = True) -> Processor:
+    """The processor of a folder in a released format, of one of our checkpoints, of a run folder, or of the tokenizer files alone.
+
+    A checkpoint tiles as its run did, a released folder as it says itself. `mask_prompt` is ours to choose: the released VL2 folders say
+    false, which would supervise the questions too.
+
+    Raises:
+        ValueError, FileNotFoundError: no such folder, or a file or key is missing; names it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder")
+    if folders.is_released(path) or (path / "processor_config.json").is_file():
+        return Processor.from_folder(path, mask_prompt=mask_prompt, max_tiles=None)
+    folder = folders.resolve(path)
+    data = load_run_config(folder / folders.CONFIG_FILE).data
+    return Processor.from_folder(
+        folder / folders.PROCESSOR_FOLDER,
+        mask_prompt=mask_prompt,
+        tile_selection=data.tile_selection,
+        max_tiles=data.max_tiles,
+        tiling_image_limit=data.tiling_image_limit,
+        max_image_pixels=data.max_image_pixels,
+    )
+
+
+def _records(path: Path) -> Iterator[Any]:
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        try:
+            yield from json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not a JSON list: {error}") from error
+        return
+    index = 0
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: sample {index} (line {number}) is not JSON: {error}") from error
+        index += 1
+
+
+def _sample(record: Any, path: Path, index: int) -> FileSample:
+    where = f"{path}: sample {index}"
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is a {type(record).__name__}; expected an object with `messages` and `images`")
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"{where}: `messages` must be a list of objects with `role` and `content`, at least one")
+    for position, message in enumerate(messages):
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ValueError(f"{where}: message {position} must have the texts `role` and `content`, found {message!r:.200}")
+        if message["role"] not in ROLES:
+            raise ValueError(f"{where}: message {position} has the unknown role {message['role']!r}; known are {', '.join(ROLES)}")
+    images = record.get("images", [name for message in messages for name in message.get("images") or []])
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise ValueError(f"{where}: `images` must be a list of file names, found {images!r:.200}")
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return FileSample(turns, _image_files(images, path.parent, where), where)
+
+
+def _image_files(names: Sequence[str], folder: Path, where: str) -> list[Path]:
+    files = [folder / name for name in names]
+    for name, file in zip(names, files, strict=True):
+        if "\0" in name or not file.is_file():
+            raise ValueError(f"{where}: image {name!r} is not a file in {folder}")
+    return files
