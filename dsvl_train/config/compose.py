@@ -17,7 +17,7 @@ import yaml
 
 from .errors import ConfigError
 from .names import YAML_NAMES, nearest_key, nearest_name, without_none, yaml_fields
-from .schema import RunConfig
+from .schema import ModelConfig, RunConfig
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -55,6 +55,17 @@ def from_plain(plain: Any) -> RunConfig:
     config = _typed(plain, RunConfig, "")
     assert isinstance(config, RunConfig)
     return config
+
+
+def from_plain_model(plain: Any) -> ModelConfig:
+    """One model, from a plain `conf/model` file.
+
+    Raises:
+        ConfigError: see `to_run_config`.
+    """
+    model = _typed(plain, ModelConfig, "model")
+    assert isinstance(model, ModelConfig)
+    return model
 
 
 def compose_run(overrides: Sequence[str]) -> RunConfig:

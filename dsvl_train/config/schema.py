@@ -88,6 +88,8 @@ class VisionConfig:
 
     siglip: SiglipConfig
     sam: SamConfig | None = None
+    stored_layer_norms: bool = False
+    """Keep `high_layer_norm` and `low_layer_norm`, which the released VL 7B stores and never applies."""
 
 
 @dataclass
@@ -358,7 +360,18 @@ class RunSettings:
 @dataclass
 class InitConfig:
     source: str | None = None
-    """`init.from`: a checkpoint of ours whose weights (only) start this run; null = random weights."""
+    """`init.from`: a checkpoint of ours, or a model folder in a released format, whose weights (only) start this run; null = random
+    weights."""
+    language: str | None = None
+    """Folder of a language model (`llama`, `deepseek_v2`, `deepseek_v3`) that starts `language.*`; not together with init.from."""
+    vision: str | None = None
+    """Folder of a SigLIP (transformers or timm) that starts `vision.siglip.*`."""
+    sam: str | None = None
+    """Folder of a SAM-B (transformers or original names) that starts `vision.sam.*` but what DeepSeek-VL added to it."""
+    expect_random: list[str] = field(default_factory=lambda: ["adaptor.*"])
+    """Globs over the names of tensors that no given part fills and that may stay random; any other is an error. Only used with
+    init.language, init.vision or init.sam. A run that starts with SAM adds `vision.sam.neck_hd.*`, `vision.sam.downsamples.*` and
+    `vision.sam.hd_alpha_downsamples`, which no SAM has."""
 
 
 @dataclass

@@ -9,6 +9,9 @@ from dsvl_train.config.compose import load_run_config
 from dsvl_train.config.schema import ParallelConfig, RunConfig
 from dsvl_train.data.processor import Processor
 from dsvl_train.interop import native
+from dsvl_train.interop.loading import load_source
+from dsvl_train.interop.neutral import neutral_run
+from dsvl_train.interop.released import is_released, open_released
 from dsvl_train.models.build import build_model
 from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.parallel.startup import World
@@ -25,24 +28,35 @@ class LoadedModel:
 
 
 def load_model(path: str | Path, world: World) -> LoadedModel:
-    """Load a checkpoint folder, or a run folder's latest checkpoint.
+    """Load a checkpoint folder, a run folder's latest checkpoint, or a model folder in a released format.
 
     Raises:
-        ValueError: no checkpoint there, or it does not hold what its configuration says; names the tensor.
+        ValueError: no model there, or it does not hold what its configuration says; names the tensor.
     """
-    folder = native.resolve(path)
-    cfg = load_run_config(folder / native.CONFIG_FILE)
-    cfg.parallel = ParallelConfig()
-    model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=None)
-    native.load_weights(folder, model)
+    if is_released(path):
+        config, source = open_released(path)
+        cfg = neutral_run(config, path)
+        model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=None)
+        load_source(source, model)
+        processor_folder = Path(path)
+    else:
+        folder = native.resolve(path)
+        cfg = load_run_config(folder / native.CONFIG_FILE)
+        cfg.parallel = ParallelConfig()
+        model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=None)
+        native.load_weights(folder, model)
+        processor_folder = folder / native.PROCESSOR_FOLDER
     for chunk in model.chunks.values():
         chunk.eval()
+    return LoadedModel(cfg, world, model, _processor(processor_folder, cfg))
+
+
+def _processor(folder: Path, cfg: RunConfig) -> Processor:
     data = cfg.data
-    processor = Processor.from_folder(
-        folder / native.PROCESSOR_FOLDER,
+    return Processor.from_folder(
+        folder,
         tile_selection=data.tile_selection,
         max_tiles=data.max_tiles,
         tiling_image_limit=data.tiling_image_limit,
         max_image_pixels=data.max_image_pixels,
     )
-    return LoadedModel(cfg, world, model, processor)

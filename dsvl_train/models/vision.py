@@ -2,8 +2,8 @@
 
 Shapes: n = tiles, c = 3 channels, h/w = pixels, l = visual tokens of a tile, d = feature width; r = columns of a packed state.
 
-The released VL 7B also stores `high_layer_norm` and `low_layer_norm` (LayerNorm 1024), built and never applied. They are not part of
-this module: they would be parameters without a gradient. Import and export carry them aside.
+The released VL 7B also stores `high_layer_norm` and `low_layer_norm` (LayerNorm 1024), built and never applied. With
+`stored_layer_norms` they are parameters here too, so that an imported checkpoint can be exported whole; see `STORED_ONLY`.
 
 Cutting it for a pipeline: both encoders are cut side by side, each rank running its layers of both, and a `VisionState` travels. It
 is packed into one matrix with a row per tile, so that a rank sends one tensor whose shape says everything.
@@ -23,6 +23,10 @@ from dsvl_train.models.siglip import SiglipEncoder, check_pixels, siglip_flops, 
 
 Features = Tensor | tuple[Tensor, Tensor]
 """SigLIP's features [n, l, d], or (high, low): SAM's and SigLIP's, in the released order."""
+
+
+STORED_ONLY = ("*.attn_pool.*", "*.high_layer_norm.*", "*.low_layer_norm.*")
+"""Globs over the names of parameters that released checkpoints store and no model uses: never trained, whatever a stage says."""
 
 
 class VisionState(NamedTuple):
@@ -50,6 +54,13 @@ class VisionTower(nn.Module):
                     f"{config.siglip.tokens}; both must give as many: set model.vision.sam.interpolate_to to {4 * config.siglip.grid}"
                 )
             self.sam = SamEncoder(config.sam)
+        self.high_layer_norm: nn.LayerNorm | None = None
+        self.low_layer_norm: nn.LayerNorm | None = None
+        if config.stored_layer_norms:
+            if config.sam is None:
+                raise ValueError("vision.stored_layer_norms belong to two encoders, and vision.sam is null: set it to false")
+            self.high_layer_norm = nn.LayerNorm(config.sam.downsample_widths[-1])
+            self.low_layer_norm = nn.LayerNorm(config.siglip.width)
 
     @property
     def image_size(self) -> int:
@@ -99,6 +110,8 @@ class VisionTower(nn.Module):
         self.siglip.keep(siglip_layers, embed=embed, finish=finish)
         if self.sam is not None:
             self.sam.keep(sam_layers, embed=embed, finish=finish)
+        if not finish:
+            self.high_layer_norm = self.low_layer_norm = None
 
     def pack(self, state: VisionState) -> Tensor:
         """A state as one matrix [n, r], a row per tile: SigLIP's features, SAM's, and its first global layer's once there is one."""
