@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsvl_train.commands import encode
+from dsvl_train.commands import encode, generate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dsvl", description="Use, check and report on models trained with dsvl_train.")
     commands = parser.add_subparsers(dest="command", required=True)
     encode.add(commands)
-    _add_generate(commands)
+    generate.add(commands)
     _add_eval(commands)
     _add_report(commands)
     _add_data(commands)
@@ -32,39 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-# ------------------------------------------------------------------------------------------------------------------ generate
-
-
-def _add_generate(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("generate", help="answer a prompt, with images, from a checkpoint")
-    parser.add_argument("--model", required=True, help="checkpoint folder, or a run folder (its latest checkpoint)")
-    parser.add_argument("--prompt", required=True, help="the question; images go before it unless it says where, with <image> tags")
-    parser.add_argument("--image", action="append", default=[], help="an image file; repeat for several")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (the default)")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.set_defaults(run=_generate)
-
-
-def _generate(arguments: argparse.Namespace) -> int:
-    from dsvl_train.parallel.startup import start_alone
-
-    _require_files("--image", arguments.image)
-    world = start_alone(arguments.device)  # before anything that imports megatron-core
-    from dsvl_train.evaluation.generation import Sampling, generate
-    from dsvl_train.evaluation.loading import load_model
-
-    loaded = load_model(arguments.model, world)
-    messages = loaded.processor.prompt_messages(arguments.prompt, len(arguments.image))
-    prompt = loaded.processor.encode(messages, arguments.image, inference=True)
-    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
-    (ids,) = generate(loaded, [prompt], arguments.max_new_tokens, sampling)
-    print(loaded.processor.tokenizer.decode(ids).strip())
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------- eval

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,20 @@ def read_samples(path: str | Path) -> list[FileSample]:
     if not records:
         raise ValueError(f"{path} holds no sample")
     return [_sample(record, path, index) for index, record in enumerate(records)]
+
+
+def as_prompt(sample: FileSample) -> FileSample:
+    """The conversation up to the answer that the model is to give: the empty last one, or one after the user's last turn.
+
+    Raises:
+        ValueError: the last message is an answer already; names file and sample.
+    """
+    role = ROLES.get(sample.messages[-1]["role"])
+    if sample.is_prompt or role == "document":
+        return sample
+    if role != "user":
+        raise ValueError(f"{sample.where}: nothing to answer; end with the user's question, or with an empty message of the assistant")
+    return replace(sample, messages=[*sample.messages, {"role": "assistant", "content": ""}])
 
 
 def encode_sample(processor: Processor, sample: FileSample, *, inference: bool | None = None) -> Encoded:

@@ -85,15 +85,15 @@ class LanguageChunk(MegatronModule):
             input_ids=None,
             position_ids=None,
             attention_mask=None,
-            decoder_input=self._embed(tokens_t, image_mask_t, visual_vh),
+            decoder_input=self.embed(tokens_t, image_mask_t, visual_vh),
             labels=None if labels_t is None else labels_t.clamp(min=0)[None],
-            packed_seq_params=_packed(cu_seqlens),
+            packed_seq_params=pack(cu_seqlens),
             padding_mask=self._shard(sample_ids_t)[None],
             runtime_gather_output=labels_t is None or None,
         )
         return out[0, :tokens]
 
-    def _embed(self, tokens_t: Tensor, image_mask_t: Tensor | None, visual_vh: Tensor | None) -> Tensor:
+    def embed(self, tokens_t: Tensor, image_mask_t: Tensor | None, visual_vh: Tensor | None) -> Tensor:
         """Token embeddings with visual embeddings at the image positions, [t, 1, h]; sharded over t under sequence parallelism."""
         embeddings_t1h = self.language.embedding(input_ids=tokens_t[None], position_ids=None)
         if visual_vh is not None:
@@ -132,7 +132,8 @@ def _sample_ids(cu_seqlens: Tensor, padding_t: Tensor) -> Tensor:
     return ids_t.masked_fill(padding_t, PADDING)
 
 
-def _packed(cu_seqlens: Tensor) -> PackedSeqParams:
+def pack(cu_seqlens: Tensor) -> PackedSeqParams:
+    """Megatron's description of samples laid end to end, each starting at a value of `cu_seqlens` (int32, [s + 1])."""
     longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
     return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
 
