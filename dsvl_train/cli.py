@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsvl_train.commands import encode, generate
+from dsvl_train.commands import encode, generate, score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dsvl", description="Use, check and report on models trained with dsvl_train.")
     commands = parser.add_subparsers(dest="command", required=True)
     encode.add(commands)
+    score.add(commands)
     generate.add(commands)
     _add_eval(commands)
     _add_report(commands)

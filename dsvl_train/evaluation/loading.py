@@ -8,6 +8,7 @@ from pathlib import Path
 from dsvl_train.config.compose import load_run_config
 from dsvl_train.config.schema import ParallelConfig, RunConfig
 from dsvl_train.data.processor import Processor
+from dsvl_train.evaluation.samples import load_processor
 from dsvl_train.interop import native
 from dsvl_train.interop.loading import load_source
 from dsvl_train.interop.neutral import neutral_run
@@ -38,25 +39,12 @@ def load_model(path: str | Path, world: World) -> LoadedModel:
         cfg = neutral_run(config, path)
         model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=None)
         load_source(source, model)
-        processor_folder = Path(path)
     else:
         folder = native.resolve(path)
         cfg = load_run_config(folder / native.CONFIG_FILE)
         cfg.parallel = ParallelConfig()
         model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=None)
         native.load_weights(folder, model)
-        processor_folder = folder / native.PROCESSOR_FOLDER
     for chunk in model.chunks.values():
         chunk.eval()
-    return LoadedModel(cfg, world, model, _processor(processor_folder, cfg))
-
-
-def _processor(folder: Path, cfg: RunConfig) -> Processor:
-    data = cfg.data
-    return Processor.from_folder(
-        folder,
-        tile_selection=data.tile_selection,
-        max_tiles=data.max_tiles,
-        tiling_image_limit=data.tiling_image_limit,
-        max_image_pixels=data.max_image_pixels,
-    )
+    return LoadedModel(cfg, world, model, load_processor(path))

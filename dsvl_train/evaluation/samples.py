@@ -93,7 +93,7 @@ def load_processor(path: str | Path, *, mask_prompt: bool = True) -> Processor:
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
-    if folders.is_released(path) or (path / "processor_config.json").is_file():
+    if any((path / name).is_file() for name in ("config.json", "processor_config.json")):  # ours lie a folder deeper
         return Processor.from_folder(path, mask_prompt=mask_prompt, max_tiles=None)
     folder = folders.resolve(path)
     data = load_run_config(folder / folders.CONFIG_FILE).data

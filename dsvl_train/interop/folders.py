@@ -10,8 +10,6 @@ CONFIG_FILE = "config.yaml"
 PROCESSOR_FOLDER = "processor"
 """Tokenizer and processor files, so that a checkpoint alone is enough to use the model."""
 LATEST_FILE = "latest"
-RELEASED_CONFIG_FILE = "config.json"
-"""The configuration of a folder in a released format."""
 
 
 def find_latest(run_dir: Path) -> Path | None:
@@ -42,10 +40,3 @@ def resolve(path: str | Path) -> Path:
     if latest is None:
         raise ValueError(f"{path} is neither a checkpoint (no {STATE_FILE}) nor a run folder with one (no checkpoints/{LATEST_FILE})")
     return latest
-
-
-def is_released(path: str | Path) -> bool:
-    """Whether the folder is in a released format, ours being told by other files."""
-    path = Path(path)
-    ours = (path / STATE_FILE).is_file() or (path / "checkpoints").is_dir()
-    return not ours and (path / RELEASED_CONFIG_FILE).is_file()
