@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsvl_train.commands import encode, generate, score
+from dsvl_train.commands import convert, encode, generate, score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     encode.add(commands)
     score.add(commands)
     generate.add(commands)
+    convert.add(commands)
     _add_eval(commands)
     _add_report(commands)
     _add_data(commands)

@@ -12,8 +12,8 @@ import yaml
 from dsvl_train.config.compose import CONF_DIR, from_plain_model
 from dsvl_train.config.schema import ModelConfig
 from dsvl_train.interop.blocks import MappedSource, Shape, Table, TensorSource
-from dsvl_train.interop.checks import NOT_WEIGHTS, check_tensors, differences
-from dsvl_train.interop.formats import deepseek_vl2, multi_modality
+from dsvl_train.interop.checks import check_tensors, differences
+from dsvl_train.interop.formats import deepseek_vl2, multi_modality, transformers_vl
 from dsvl_train.interop.formats.json_file import JsonConfig
 from dsvl_train.interop.shapes import logical_shapes
 from dsvl_train.interop.sources import open_weights
@@ -32,6 +32,8 @@ class Format:
 FORMATS: dict[str, Format] = {
     multi_modality.MODEL_TYPE: Format(multi_modality.read, multi_modality.relate),
     deepseek_vl2.MODEL_TYPE: Format(deepseek_vl2.read, deepseek_vl2.relate),
+    transformers_vl.SINGLE: Format(transformers_vl.read, transformers_vl.relate),
+    transformers_vl.HYBRID: Format(transformers_vl.read, transformers_vl.relate),
 }
 """`model_type` of a config.json -> its format."""
 

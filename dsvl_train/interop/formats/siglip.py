@@ -49,7 +49,7 @@ def _ratio(width: int, hidden: int) -> float:
 
 
 def write_transformers(siglip: SiglipConfig) -> dict[str, Any]:
-    """A `siglip_vision_model` configuration, every value spelled out; the attention-pooling head is left out."""
+    """A `siglip_vision_model` configuration, every value spelled out."""
     return {
         "model_type": "siglip_vision_model",
         "hidden_size": siglip.width,
@@ -62,7 +62,7 @@ def write_transformers(siglip: SiglipConfig) -> dict[str, Any]:
         "hidden_act": "gelu" if siglip.gelu == "erf" else "gelu_pytorch_tanh",
         "layer_norm_eps": siglip.layer_norm_eps,
         "attention_dropout": 0.0,
-        "vision_use_head": False,
+        "vision_use_head": siglip.attention_pool,
     }
 
 
