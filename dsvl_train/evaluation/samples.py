@@ -6,6 +6,7 @@ Nothing here needs megatron-core.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,10 @@ from dsvl_train.config.compose import load_run_config
 from dsvl_train.data.conversation import ROLES
 from dsvl_train.data.errors import SampleError
 from dsvl_train.data.processor import Encoded, Processor
-from dsvl_train.interop import folders
+from dsvl_train.interop import folders, processors
+from dsvl_train.interop.formats import transformers_vl
+from dsvl_train.interop.formats.json_file import JsonConfig
+from dsvl_train.interop.released import read_model
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def encode_sample(processor: Processor, sample: FileSample, *, inference: bool |
 
 
 def load_processor(path: str | Path, *, mask_prompt: bool = True) -> Processor:
-    """The processor of a folder in a released format, of one of our checkpoints, of a run folder, or of the tokenizer files alone.
+    """The processor of a model folder: a released format's or transformers' (no weights needed), a checkpoint of ours, or a run folder.
 
     A checkpoint tiles as its run did, a released folder as it says itself. `mask_prompt` is ours to choose: the released VL2 folders say
     false, which would supervise the questions too.
@@ -94,6 +98,8 @@ def load_processor(path: str | Path, *, mask_prompt: bool = True) -> Processor:
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
     if any((path / name).is_file() for name in ("config.json", "processor_config.json")):  # ours lie a folder deeper
+        if _model_type(path) in (transformers_vl.SINGLE, transformers_vl.HYBRID):
+            return _processor_of_transformers(path, mask_prompt)
         return Processor.from_folder(path, mask_prompt=mask_prompt, max_tiles=None)
     folder = folders.resolve(path)
     data = load_run_config(folder / folders.CONFIG_FILE).data
@@ -105,6 +111,19 @@ def load_processor(path: str | Path, *, mask_prompt: bool = True) -> Processor:
         tiling_image_limit=data.tiling_image_limit,
         max_image_pixels=data.max_image_pixels,
     )
+
+
+def _model_type(path: Path) -> Any:
+    file = path / "config.json"
+    return JsonConfig.read(file).values.get("model_type") if file.is_file() else None
+
+
+def _processor_of_transformers(path: Path, mask_prompt: bool) -> Processor:
+    """transformers lays the same settings out otherwise; they are read through a copy in the released layout."""
+    model = read_model(path)
+    with tempfile.TemporaryDirectory() as folder:
+        processors.from_transformers(path, Path(folder), model)
+        return Processor.from_folder(folder, mask_prompt=mask_prompt)
 
 
 def _records(path: Path) -> Iterator[Any]:

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from dsvl_train.cli import main
+from dsvl_train.interop import processors
+from dsvl_train.interop.formats import transformers_vl
+from dsvl_train.interop.released import read_model
 
 DATA = Path(__file__).parent / "data"
 VARIANTS = ["mha_softmax", "mla_softmax", "mla_sigmoid_bias"]
@@ -51,6 +54,20 @@ def test_vl_equals_the_released_ids(tmp_path: Path) -> None:
         assert {name.split(".")[0] for name in actual} == set(numbers)
         for number in numbers:
             np.testing.assert_array_equal(actual[f"{number}.input_ids"], golden[f"{number}.input_ids"])
+
+
+def test_a_folder_in_the_layout_of_transformers_is_read_alike(tmp_path: Path) -> None:
+    model = read_model(DATA / "vl")
+    ids = processors.read_token_ids(DATA / "vl")
+    config = transformers_vl.write(model, bos_id=0, eos_id=1, image_token_id=processors.image_token_id(ids), dtype="float32")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    processors.to_transformers(DATA / "vl", tmp_path / "model", model)
+    expected = encode(DATA / "vl", DATA / "vl" / "samples.json", tmp_path / "x.npz")
+    actual = encode(tmp_path / "model", DATA / "vl" / "samples.json", tmp_path / "y.npz")
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
 SPELLINGS = [("user", "assistant", "system"), ("User", "Assistant", "system"), ("<|User|>", "<|Assistant|>", "system")]
