@@ -33,13 +33,15 @@ def load_any_weights(path: str | Path, model: VisionLanguageModel, config: Model
 
 
 @torch.no_grad()
-def load_source(source: TensorSource, model: VisionLanguageModel) -> list[str]:
-    """Copy into this rank's boxes what the source has of them. Returns the logical tensors that it has not."""
+def load_source(source: TensorSource, model: VisionLanguageModel) -> None:
+    """Copy into this rank's boxes what the source has of them; tensors that it has not stay as they are.
+
+    Raises:
+        ValueError: a tensor has another shape in the source.
+    """
     stored = source.infos()
-    absent = []
     for tensor, local in logical_tensors(model):
         if tensor.name not in stored:
-            absent.append(tensor.name)
             continue
         if stored[tensor.name].shape != tensor.shape:
             raise ValueError(
@@ -47,4 +49,3 @@ def load_source(source: TensorSource, model: VisionLanguageModel) -> list[str]:
             )
         box = tensor.of(local)
         box.copy_(source.read(tensor.name, tensor.offset, tuple(box.shape)))
-    return absent

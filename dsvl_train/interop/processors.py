@@ -38,8 +38,8 @@ def chat_template(eos: str, image_tag: str) -> str:
     return (
         f"{_SYSTEM_PROMPT}{{{{ '\\n\\n' }}}}"
         "{%- for message in messages -%}"
-        "{%- if message['role'] | lower == 'user' -%}User: " + content + "{{ '\\n\\n' }}"
-        "{%- else -%}Assistant: " + content + eos + "{%- endif -%}"
+        "{%- if message['role'] | lower == 'user' -%}{{ 'User: ' }}" + content + "{{ '\\n\\n' }}"
+        "{%- else -%}{{ 'Assistant: ' }}" + content + eos + "{%- endif -%}"
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}Assistant:{%- endif -%}"
     )
