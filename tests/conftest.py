@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _DISTRIBUTED in item.path.resolve().parents:
             item.add_marker(pytest.mark.distributed)
+
+
+def pytest_collection_finish() -> None:
+    """The CPU backend has to prepare megatron-core before any test imports it; tests of configuration alone do not pay for that."""
+    torch = sys.modules.get("torch")
+    if torch is not None and not torch.cuda.is_available():
+        from dsvl_train.parallel import cpu_backend
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cpu_backend.install()
