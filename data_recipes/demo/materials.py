@@ -82,6 +82,7 @@ def load_materials() -> tuple[Materials, Materials]:
     entries = collect_entries()
     documents, held_documents = split_documents(collect_documents(entries))
     held_groups = {d.group for d in held_documents}
+    held_text = _letters(" ".join(d.text for d in held_documents))
     digits, held_digits = _split_digits()
     charts = _all_charts()
     counts = _word_counts(documents)
@@ -92,7 +93,7 @@ def load_materials() -> tuple[Materials, Materials]:
         words=[w for w in known if not is_held_out_word(w)],
         passages=_passages(documents, want_held_out=False),
         charts=[c for c in charts if not _is_held_out_chart(c)],
-        entries=[e for e in entries if e.group not in held_groups and _is_answerable(e)],
+        entries=[e for e in entries if e.group not in held_groups and _is_answerable(e) and not _is_quoted(e, held_text)],
         documents=documents,
     )
     held = Materials(
@@ -132,6 +133,16 @@ def _is_answerable(entry: Entry) -> bool:
         and sentence.endswith(".")
         and ">>>" not in sentence
     )
+
+
+def _is_quoted(entry: Entry, held_text: str) -> bool:
+    """Whether a held-out text happens to say the same sentence; short ones ("Return repr(self).") are common property."""
+    sentence = _letters(first_sentence(entry.text))
+    return len(sentence) >= 40 and sentence in held_text
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\W+", "", text).lower()
 
 
 def _split_digits() -> tuple[list[Digit], list[Digit]]:
