@@ -56,10 +56,10 @@ class Jitter:
 def random_jitter(rng: Random) -> Jitter:
     """Modest variation, so that 1,497 scans are not learnt by heart."""
     return Jitter(
-        angle=rng.uniform(-12, 12),
-        scale=rng.uniform(0.85, 1.12),
+        angle=rng.uniform(-10, 10),
+        scale=rng.uniform(0.9, 1.1),
         stretch=rng.uniform(0.9, 1.1),
-        shift=(rng.uniform(-3, 3), rng.uniform(-3, 3)),
+        shift=(rng.uniform(-2, 2), rng.uniform(-2, 2)),
         ink=rng.uniform(0.75, 1.0),
     )
 

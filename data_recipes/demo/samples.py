@@ -218,21 +218,21 @@ def ask_docs(rng: Random, materials: Materials) -> DemoSample:
 
 
 MIXTURES: dict[str, tuple[tuple[Maker, float], ...]] = {
-    "align": ((caption_digit, 0.50), (caption_row, 0.15), (ocr_word, 0.25), (caption_chart, 0.10)),
+    "align": ((caption_digit, 0.60), (caption_row, 0.20), (ocr_word, 0.10), (caption_chart, 0.10)),
     "pretrain": (
-        (caption_digit, 0.26),
-        (caption_row, 0.12),
-        (ocr_word, 0.22),
-        (ocr_page, 0.05),
-        (interleaved, 0.12),
-        (caption_chart, 0.04),
-        (chart_to_table, 0.04),
+        (caption_digit, 0.38),
+        (caption_row, 0.15),
+        (ocr_word, 0.12),
+        (ocr_page, 0.03),
+        (interleaved, 0.08),
+        (caption_chart, 0.03),
+        (chart_to_table, 0.03),
         # A small share of conversations, so that the base model can be asked already (VL §3.2.2).
-        (ask_digit, 0.09),
-        (ask_word, 0.03),
-        (ask_chart, 0.03),
+        (ask_digit, 0.14),
+        (ask_word, 0.02),
+        (ask_chart, 0.02),
     ),
-    "sft": ((ask_digit, 0.44), (ask_row, 0.14), (ask_word, 0.24), (ask_page, 0.04), (ask_chart, 0.14)),
+    "sft": ((ask_digit, 0.60), (ask_row, 0.15), (ask_word, 0.12), (ask_page, 0.03), (ask_chart, 0.10)),
     "sft_text": ((ask_docs, 1.0),),
 }
 """Stage folder -> kinds and their shares."""

@@ -44,10 +44,11 @@ class SampleRouter(TopKRouter):
     ) -> Tensor:
         """Attach weight * sum_s n_s * aux_s / N, the token-weighted mean over the samples of the global batch of
 
-            aux_s = e * sum_e f_se * P_se,  f_se = tokens of s sent to e / (n_s * top_k),  P_se = mean score of s's tokens for e
+            aux_s = e * sum_e f_se * P_se,  f_se = tokens of s with e in the top k of their scores / (n_s * top_k),  P_se = mean score for e
 
-        which is the released `seq_aux` where all samples are equally long. N counts the global batch's tokens, so that adding the
-        micro-batches' and ranks' terms gives the mean; the cross-entropy is normalised the same way.
+        with scores free of the selection bias (the sigmoid router's divided by their sum). It is the released `seq_aux` where all samples
+        are equally long. N counts the global batch's tokens, so that adding the micro-batches' and ranks' terms gives the mean; the
+        cross-entropy is normalised the same way.
         """
         weight = self.get_aux_loss_coeff("seq_aux_loss")
         if weight == 0:
