@@ -36,7 +36,8 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint folder, or a run folder (its latest checkpoint)")
     parser.add_argument("--format", required=True, choices=FORMATS, help="transformers: DeepSeek-VL only (there is no VL2 class)")
     parser.add_argument("--out", required=True, help="the model folder to make")
-    parser.add_argument("--max-shard-size", type=parse_size, default=parse_size("5GB"), metavar="SIZE", help="e.g. 5GB or 500MB (default 5GB)")
+    size = {"type": parse_size, "default": parse_size("5GB"), "metavar": "SIZE"}
+    parser.add_argument("--max-shard-size", **size, help="of a weight file, e.g. 5GB or 500MB (default 5GB)")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (default: as stored)")
     parser.set_defaults(run=_export)
 

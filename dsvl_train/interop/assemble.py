@@ -105,10 +105,8 @@ def open_language(folder: Path, language: LanguageConfig) -> TensorSource:
         return PartOf(source, lambda name: name.startswith("language."))
     config = JsonConfig.read(folder / "config.json")
     kind = config.require("model_type", None, "llama", "deepseek_v2", "deepseek_v3")
-    if kind == "llama":
-        found = lm.read_llama(config)
-    else:
-        found = lm.read_deepseek_moe(config, lm.V2 if kind == "deepseek_v2" else lm.V3)
+    defaults = {"deepseek_v2": lm.V2, "deepseek_v3": lm.V3}
+    found = lm.read_deepseek_moe(config, defaults[kind]) if kind in defaults else lm.read_llama(config)
     _require_same_language(language, found, folder)
     opened = open_weights(folder)
     # layers beyond the last are deepseek_v3's heads for predicting several tokens, which no model here has
@@ -160,7 +158,8 @@ def open_siglip(path: Path, siglip: SiglipConfig) -> TensorSource:
     else:
         prefix = _prefix(weights, "patch_embed.proj.weight")
         if prefix is None:
-            raise ValueError(f"init.vision={path} is no SigLIP: it has neither …embeddings.patch_embedding.weight nor …patch_embed.proj.weight")
+            rule = "it has neither …embeddings.patch_embedding.weight nor …patch_embed.proj.weight"
+            raise ValueError(f"init.vision={path} is no SigLIP: {rule}")
         head = f"{prefix}attn_pool.latent" in weights.infos()
         siglip_format.add_timm(table, prefix)
     if not head:

@@ -25,14 +25,15 @@ def check_tensors(source: TensorSource, wanted: Mapping[str, Shape]) -> None:
     infos = source.infos()
     for name, shape in wanted.items():
         if name in infos and infos[name].shape != shape:
-            raise ValueError(f"{source.where}: tensor {name} has the shape {list(infos[name].shape)}; its config.json asks for {list(shape)}")
+            stored = list(infos[name].shape)
+            raise ValueError(f"{source.where}: tensor {name} has the shape {stored}; the configuration asks for {list(shape)}")
     missing = [name for name in wanted if name not in infos]
     unexpected = [name for name in infos if name not in wanted and not any(fnmatchcase(name, pattern) for pattern in NOT_WEIGHTS)]
     if missing:
         also = f" (and there is {some(unexpected)}, which it does not ask for)" if unexpected else ""
-        raise ValueError(f"{source.where}: {len(missing)} tensor(s) that its config.json asks for are missing: {some(missing)}{also}")
+        raise ValueError(f"{source.where}: {len(missing)} tensor(s) that the configuration asks for are missing: {some(missing)}{also}")
     if unexpected:
-        raise ValueError(f"{source.where}: {len(unexpected)} tensor(s) have no place in the model of its config.json: {some(unexpected)}")
+        raise ValueError(f"{source.where}: {len(unexpected)} tensor(s) have no place in the configured model: {some(unexpected)}")
 
 
 def some(names: Iterable[str]) -> str:
@@ -43,7 +44,7 @@ def some(names: Iterable[str]) -> str:
 
 
 def differences(wanted: ModelConfig, stored: ModelConfig) -> list[str]:
-    """Settings that make two models different, as `key: wanted, not stored`; names, initialisation and context length make none."""
+    """Settings that make two models different, each as a clause; names, initialisation and context length make none."""
     return list(_differing(_essence(wanted), _essence(stored), "model"))
 
 
@@ -64,7 +65,7 @@ def _differing(wanted: Any, stored: Any, key: str) -> Iterable[str]:
         for name in wanted:
             yield from _differing(wanted[name], stored[name], f"{key}.{name}")
     elif wanted != stored:
-        yield f"{key} {wanted!r}, not {stored!r}"
+        yield f"{key} is {stored!r} there and {wanted!r} here"
 
 
 def require_same_model(wanted: ModelConfig, stored: ModelConfig, where: str) -> None:
@@ -75,4 +76,4 @@ def require_same_model(wanted: ModelConfig, stored: ModelConfig, where: str) -> 
     """
     differing = differences(wanted, stored)
     if differing:
-        raise ValueError(f"{where} holds another model than the run's: {'; '.join(differing)} there. Make the model group agree with it")
+        raise ValueError(f"{where} holds another model than the run's: {'; '.join(differing)}. Make the model group agree with it")

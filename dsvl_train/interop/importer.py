@@ -8,9 +8,9 @@ from pathlib import Path
 from dsvl_train.config.compose import to_yaml
 from dsvl_train.config.schema import ModelConfig
 from dsvl_train.interop import processors
+from dsvl_train.interop.folders import CONFIG_FILE, PROCESSOR_FOLDER, STATE_FILE
 from dsvl_train.interop.formats import transformers_vl
 from dsvl_train.interop.formats.json_file import JsonConfig
-from dsvl_train.interop.folders import CONFIG_FILE, PROCESSOR_FOLDER, STATE_FILE
 from dsvl_train.interop.neutral import neutral_run
 from dsvl_train.interop.progress import bytes_bar
 from dsvl_train.interop.released import open_released

@@ -32,7 +32,7 @@ def language_shapes(language: LanguageConfig) -> dict[str, Shape]:
     vocabulary = (-(-language.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, h)
     shapes: dict[str, Shape] = {"language.embedding.word_embeddings.weight": vocabulary}
     for layer in range(language.layers):
-        parts = {"input_layernorm.weight": (h,)}
+        parts: dict[str, Shape] = {"input_layernorm.weight": (h,)}
         parts |= _attention(language)
         parts["pre_mlp_layernorm.weight"] = (h,)
         parts |= _feed_forward(language, layer)
@@ -47,7 +47,7 @@ def _attention(language: LanguageConfig) -> dict[str, Shape]:
     h, heads, mla = language.hidden_size, language.heads, language.mla
     if mla is None:
         groups, width = language.kv_heads or heads, h // heads
-        shapes = {"linear_qkv.weight": ((heads + 2 * groups) * width, h), "linear_proj.weight": (h, heads * width)}
+        shapes: dict[str, Shape] = {"linear_qkv.weight": ((heads + 2 * groups) * width, h), "linear_proj.weight": (h, heads * width)}
     else:
         shapes = {
             "linear_q_proj.weight": (heads * (mla.qk_nope_dim + mla.qk_rope_dim), h),
@@ -74,4 +74,5 @@ def _feed_forward(language: LanguageConfig, layer: int) -> dict[str, Shape]:
 
 
 def _swiglu(prefix: str, hidden: int, width: int) -> dict[str, Shape]:
-    return {f"{prefix}.gate.weight": (width, hidden), f"{prefix}.up.weight": (width, hidden), f"{prefix}.linear_fc2.weight": (hidden, width)}
+    into, out = (width, hidden), (hidden, width)
+    return {f"{prefix}.gate.weight": into, f"{prefix}.up.weight": into, f"{prefix}.linear_fc2.weight": out}

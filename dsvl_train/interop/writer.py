@@ -116,7 +116,7 @@ def _write_file(path: Path, source: TensorSource, names: list[str], prefix: str,
         file.write(encoded)
         for name in order:
             tensor = read_whole(source, name).contiguous()
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             progress(infos[name].bytes)
 
 

@@ -229,7 +229,7 @@ def test_a_model_passes_through_in_the_memory_of_a_few_of_its_tensors(tmp_path: 
     the model."""
     config = read_json(GOLDEN / "vl2" / "mha_softmax" / "config.json")
     language = config["language_config"]
-    language |= {"hidden_size": 512, "intermediate_size": 4096, "moe_intermediate_size": 1024, "num_hidden_layers": 7, "n_routed_experts": 8}
+    language |= {"hidden_size": 512, "intermediate_size": 4096, "moe_intermediate_size": 1024, "num_hidden_layers": 7}
     config["projector_config"]["n_embed"] = 512
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
@@ -379,27 +379,28 @@ def test_blocks_read_any_region() -> None:
     table.rows("a", (2, 4), [("ours", (0, 0), (0, 0), (1, 4)), ("ours", (3, 0), (1, 0), (1, 4))])
     table.rows("b", (2, 2, 4), [("ours", (1, 0), (0, 0, 0), (2, 4)), ("stacked", (0, 0), (1, 0, 0), (2, 4))])
 
+    tensors = {"a": torch.arange(8.0).view(2, 4), "b": 100 + torch.arange(16.0).view(2, 2, 4)}
+
     class Foreign:
         where = "here"
-        tensors = {"a": torch.arange(8.0).view(2, 4), "b": 100 + torch.arange(16.0).view(2, 2, 4)}
 
         def infos(self) -> Any:
             from dsvl_train.interop.blocks import TensorInfo
 
-            return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
+            return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
         def read(self, name: str, start: Any, size: Any) -> torch.Tensor:
-            return self.tensors[name][tuple(slice(at, at + n) for at, n in zip(start, size, strict=True))]
+            return tensors[name][tuple(slice(at, at + n) for at, n in zip(start, size, strict=True))]
 
     mapped = MappedSource(Foreign(), table.to_ours(), table.ours)
     whole = read_whole(mapped, "ours")
-    assert whole[[0, 3]].tolist() == Foreign.tensors["a"].tolist()
-    assert whole[1:3].tolist() == Foreign.tensors["b"][0].tolist()
+    assert whole[[0, 3]].tolist() == tensors["a"].tolist()
+    assert whole[1:3].tolist() == tensors["b"][0].tolist()
     assert not whole[4:].any()
     for first in range(6):
         for last in range(first + 1, 7):
             assert torch.equal(mapped.read("ours", (first, 1), (last - first, 2)), whole[first:last, 1:3])
-    assert torch.equal(read_whole(mapped, "stacked"), Foreign.tensors["b"][1])
+    assert torch.equal(read_whole(mapped, "stacked"), tensors["b"][1])
 
 
 def test_shards_are_cut_by_size_and_a_large_tensor_has_its_own() -> None:

@@ -51,7 +51,9 @@ def _read_projector(config: JsonConfig, width: int, hidden: int) -> AdaptorConfi
     )
 
 
-def write(model: ModelConfig, *, bos_id: int, eos_id: int, dtype: str, aux_loss_alpha: float, candidates: list[Any] | None) -> dict[str, Any]:
+def write(
+    model: ModelConfig, *, bos_id: int, eos_id: int, dtype: str, aux_loss_alpha: float, candidates: list[Any] | None
+) -> dict[str, Any]:
     """`config.json` of a model.
 
     Args:

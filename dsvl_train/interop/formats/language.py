@@ -194,7 +194,8 @@ def _check_groups(config: JsonConfig, defaults: MoeDefaults) -> None:
     groups = config.values.get("n_group", defaults.n_group)
     chosen = config.values.get("topk_group", defaults.topk_group)
     if groups not in (None, 1) and groups != chosen:
-        raise config.error("n_group", f"routing to topk_group = {chosen} of them is not supported, only one group (or all of them)", defaults.n_group)
+        rule = f"routing to topk_group = {chosen} of them is not supported, only one group (or all of them)"
+        raise config.error("n_group", rule, defaults.n_group)
 
 
 def _check_heads(config: JsonConfig, language: LanguageConfig) -> None:
@@ -217,10 +218,8 @@ def _rope_theta(config: JsonConfig) -> float:
             raise config.error(key, "scaled rotary positions are not supported")
         if rope.values.get("partial_rotary_factor", 1.0) != 1.0:
             raise config.error(key, "partly rotary positions are not supported")
-    if "rope_theta" in config:
-        theta = config.number("rope_theta")
-    else:
-        theta = config.section("rope_parameters").number("rope_theta", 10000.0)
+    holder = config if "rope_theta" in config else config.section("rope_parameters")
+    theta = holder.number("rope_theta", 10000.0)
     if theta != int(theta):
         raise config.error("rope_theta", "only a whole number is supported")
     return theta

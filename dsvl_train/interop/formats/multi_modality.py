@@ -107,7 +107,7 @@ def _geometry(params: JsonConfig, registry: dict[str, dict[str, Any]]) -> dict[s
     if known is None and name != CUSTOM:
         raise params.error("model_name", f"unknown encoder; known are {', '.join(registry)}, or {CUSTOM} with its sizes beside it")
     keys = next(iter(registry.values()))
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for key, example in keys.items():
         if key == "image_size":
             continue

@@ -18,6 +18,10 @@ REGISTRY = {
 }
 """What the released code knows by name (model_name of a vision configuration)."""
 
+_BLOCK = {"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+_HEAD = {"attention.out_proj": "proj", "layernorm": "norm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+"""transformers' name -> timm's, of what is stored alike in a block and in the pooling head."""
+
 _GELUS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh"}
 
 
@@ -83,7 +87,7 @@ def add_transformers(table: Table, siglip: SiglipConfig, prefix: str, head: bool
             theirs, ours = f"{prefix}encoder.layers.{layer}.", f"{OURS}blocks.{layer}."
             _split(table, [f"{theirs}self_attn.{part}_proj.{leaf}" for part in "qkv"], f"{ours}attn.qkv.{leaf}", width)
             table.same(f"{theirs}self_attn.out_proj.{leaf}", f"{ours}attn.proj.{leaf}")
-            for theirs_part, ours_part in (("layer_norm1", "norm1"), ("layer_norm2", "norm2"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+            for theirs_part, ours_part in _BLOCK.items():
                 table.same(f"{theirs}{theirs_part}.{leaf}", f"{ours}{ours_part}.{leaf}")
         table.same(f"{prefix}post_layernorm.{leaf}", f"{OURS}norm.{leaf}")
     if head and siglip.attention_pool:
@@ -99,7 +103,7 @@ def _add_head(table: Table, width: int, theirs: str, ours: str) -> None:
             (f"{ours}kv.{leaf}", _at(0, tail), _at(width, tail), (2 * width, *tail)),
         ]
         table.rows(f"{theirs}attention.in_proj_{leaf}", (3 * width, *tail), pieces)
-        for theirs_part, ours_part in (("attention.out_proj", "proj"), ("layernorm", "norm"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+        for theirs_part, ours_part in _HEAD.items():
             table.same(f"{theirs}{theirs_part}.{leaf}", f"{ours}{ours_part}.{leaf}")
 
 

@@ -94,8 +94,8 @@ def check(model: ModelConfig) -> None:
     wanted = ([2 * sam.neck_width, 4 * sam.neck_width], 4 * siglip.grid)
     if (sam.downsample_widths, sam.interpolate_to) != wanted:
         raise ValueError(
-            f"transformers' DeepSeek-VL takes sam.downsample_widths {wanted[0]} (2 and 4 times neck_width) and sam.interpolate_to {wanted[1]} "
-            f"(4 times SigLIP's grid); this model has {sam.downsample_widths} and {sam.interpolate_to}"
+            f"transformers' DeepSeek-VL takes sam.downsample_widths {wanted[0]} (2 and 4 times neck_width) and sam.interpolate_to "
+            f"{wanted[1]} (4 times SigLIP's grid); this model has {sam.downsample_widths} and {sam.interpolate_to}"
         )
 
 
