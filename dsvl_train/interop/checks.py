@@ -17,7 +17,7 @@ _SHOWN = 5
 
 
 def check_tensors(source: TensorSource, wanted: Mapping[str, Shape]) -> None:
-    """The source has exactly the wanted tensors, each of the wanted shape.
+    """The source has exactly the wanted tensors, each of the wanted shape, of floating-point numbers.
 
     Raises:
         ValueError: naming the tensor.
@@ -27,6 +27,8 @@ def check_tensors(source: TensorSource, wanted: Mapping[str, Shape]) -> None:
         if name in infos and infos[name].shape != shape:
             stored = list(infos[name].shape)
             raise ValueError(f"{source.where}: tensor {name} has the shape {stored}; the configuration asks for {list(shape)}")
+        if name in infos and not infos[name].dtype.is_floating_point:
+            raise ValueError(f"{source.where}: tensor {name} holds {infos[name].dtype}; a weight is floating point")
     missing = [name for name in wanted if name not in infos]
     unexpected = [name for name in infos if name not in wanted and not any(fnmatchcase(name, pattern) for pattern in NOT_WEIGHTS)]
     if missing:

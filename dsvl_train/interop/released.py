@@ -41,7 +41,7 @@ FORMATS: dict[str, Format] = {
 def is_released(folder: str | Path) -> bool:
     """Whether a folder holds a whole model in a format of others."""
     path = Path(folder) / "config.json"
-    return path.is_file() and JsonConfig.read(path).values.get("model_type") in FORMATS
+    return path.is_file() and JsonConfig.read(path).values.get("model_type") in list(FORMATS)
 
 
 def open_released(folder: str | Path) -> tuple[ModelConfig, TensorSource]:
@@ -72,7 +72,7 @@ def read_model(folder: str | Path) -> ModelConfig:
 def _recognise(folder: Path) -> tuple[JsonConfig, Format]:
     config = JsonConfig.read(folder / "config.json")
     model_type = config.values.get("model_type")
-    if model_type not in FORMATS:
+    if not isinstance(model_type, str) or model_type not in FORMATS:
         raise config.error("model_type", f"not a whole vision-language model that is known; known are {', '.join(FORMATS)}")
     return config, FORMATS[model_type]
 

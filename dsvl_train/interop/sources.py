@@ -192,6 +192,9 @@ def _load_bin(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: refused, it is not a file of plain tensors: {reason[0]}") from error
     if not isinstance(loaded, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in loaded.items()):
         raise ValueError(f"{file}: expected names and tensors, found something else")
+    for name, tensor in loaded.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError(f"{file}: tensor {name} is sparse or quantised; only plain tensors are supported")
     return loaded
 
 

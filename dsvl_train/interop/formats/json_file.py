@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,10 @@ class JsonConfig:
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
-        """A finite number."""
+        """A finite number above 0."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(key, "expected a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.error(key, "expected a finite number above 0")
         return float(value)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
@@ -79,7 +80,7 @@ class JsonConfig:
         value = self._get(key, default)
         if value is None:
             value = default
-        if not isinstance(value, list) or len(value) != count or not all(isinstance(n, int | float) for n in value):
+        if not isinstance(value, list) or len(value) != count or not all(isinstance(n, int | float) and math.isfinite(n) for n in value):
             raise self.error(key, f"expected {count} numbers")
         return [float(n) for n in value]
 

@@ -171,6 +171,8 @@ def _read_moe(config: JsonConfig, defaults: MoeDefaults, layers: int) -> MoeConf
     _check_groups(config, defaults)
     normalise = config.boolean("norm_topk_prob", defaults.norm_topk_prob)
     top_k = config.integer("num_experts_per_tok", defaults.num_experts_per_tok)
+    if top_k > config.integer("n_routed_experts", defaults.n_routed_experts):
+        raise config.error("num_experts_per_tok", f"more than the n_routed_experts = {experts} there are", defaults.num_experts_per_tok)
     if scoring == "sigmoid" and not normalise and top_k > 1:
         raise config.error("norm_topk_prob", "only true is supported with scoring_func sigmoid", defaults.norm_topk_prob)
     if scoring == "softmax" and method == "noaux_tc":
