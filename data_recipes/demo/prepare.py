@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -29,15 +29,17 @@ from data_recipes.demo import samples as demo
 from data_recipes.demo.images import TILE, chart_image, digit_image, page_image, word_image, wrap_words
 from data_recipes.demo.materials import Materials, load_materials
 
-VERSION = 2
+VERSION = 4
 """Raise it when the data change for the same settings."""
 VOCAB_SIZE = 2048
-SAMPLES = {"align": 12000, "pretrain": 9000, "sft": 9000, "sft_text": 2500}
+SAMPLES = {"align": 12000, "pretrain": 12000, "sft": 12000, "sft_text": 2500}
 """Samples per stage folder."""
 EVAL_ITEMS = {"words": 100, "charts": 60, "pages": 20}
 """Items per task besides the digits, of which all held-out scans are asked."""
 PATCH_SIZE, DOWNSAMPLE, VL_IMAGE_SIZE, VL_TOKENS = 8, 2, 128, 36
 """Geometry of the demo models (conf/model/demo_vl2.yaml, demo_vl.yaml)."""
+PIXEL_MEAN, PIXEL_STD = [0.95] * 3, [0.3] * 3
+"""Normalisation of the demo models; images that are padded are padded with the mean."""
 _CHUNK = 250
 _SHARD = 1500
 
@@ -69,9 +71,9 @@ def prepare(out: Path, *, seed: int = 0, workers: int = 1, scale: float = 1.0) -
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     train, held = load_materials()
-    _write_text_and_processors(unfinished, train, held)
+    _write_stages(unfinished, train, seed, workers, scale)  # first: it forks, which is best done before torch and its threads are there
     _write_eval(unfinished / "eval", held, scale)
-    _write_stages(unfinished, seed, workers, scale)
+    _write_text_and_processors(unfinished, train, held)
     (unfinished / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(out, ignore_errors=True)
     unfinished.rename(out)
@@ -88,8 +90,11 @@ def _write_text_and_processors(out: Path, train: Materials, held: Materials) -> 
     texts = [document.text for document in train.documents]
     questions = [*demo.DIGIT_QUESTIONS, *demo.WORD_QUESTIONS, *demo.PAGE_QUESTIONS, *demo.COUNT_QUESTIONS, *demo.HIGHEST_QUESTIONS]
     tokenizer = train_byte_level_bpe([*texts, *questions], VOCAB_SIZE)
-    write_processor_folder("vl2", out / "processor_vl2", tokenizer, image_size=TILE, patch_size=PATCH_SIZE, downsample_ratio=DOWNSAMPLE)
-    write_processor_folder("vl", out / "processor_vl", tokenizer, image_size=VL_IMAGE_SIZE, tokens_per_image=VL_TOKENS)
+    normalisation = {"image_mean": PIXEL_MEAN, "image_std": PIXEL_STD}
+    write_processor_folder(
+        "vl2", out / "processor_vl2", tokenizer, image_size=TILE, patch_size=PATCH_SIZE, downsample_ratio=DOWNSAMPLE, **normalisation
+    )
+    write_processor_folder("vl", out / "processor_vl", tokenizer, image_size=VL_IMAGE_SIZE, tokens_per_image=VL_TOKENS, **normalisation)
     (out / "text").mkdir()
     write_text_corpus(out / "text" / "train", texts, Processor.from_folder(out / "processor_vl2").tokenizer)
     _write_json_lines(out / "text" / "heldout.jsonl", ({"name": d.name, "text": d.text} for d in held.documents))
@@ -102,22 +107,27 @@ def _write_json_lines(path: Path, records: Iterator[dict[str, object]]) -> None:
 # -------------------------------------------------------------------------------------------------------------------- stages
 
 
-@lru_cache(maxsize=1)
-def _training_materials() -> Materials:
-    return load_materials()[0]
+_materials: list[Materials] = []
+"""What a worker process makes samples of."""
+
+
+def _start_worker(train: Materials) -> None:
+    _materials[:] = [train]
 
 
 def _make_chunk(stage: str, seed: int, indices: range) -> list[tuple[list[dict[str, str]], list[bytes], str]]:
-    materials = _training_materials()
-    made = (demo.make_sample(stage, index, seed, materials) for index in indices)
+    made = (demo.make_sample(stage, index, seed, _materials[0]) for index in indices)
     return [(sample.messages, [_png(image) for image in sample.images], sample.kind) for sample in made]
 
 
-def _write_stages(out: Path, seed: int, workers: int, scale: float) -> None:
+def _write_stages(out: Path, train: Materials, seed: int, workers: int, scale: float) -> None:
     from dsvl_train.data.shards import ShardWriter
 
     counts = {stage: max(8, int(number * scale)) for stage, number in SAMPLES.items()}
-    with tqdm(total=sum(counts.values()), desc="samples", unit="", disable=None) as bar, ProcessPoolExecutor(max(workers, 1)) as pool:
+    with (
+        tqdm(total=sum(counts.values()), desc="samples", unit="", disable=None) as bar,
+        ProcessPoolExecutor(max(workers, 1), initializer=_start_worker, initargs=(train,)) as pool,
+    ):
         for stage, count in counts.items():
             chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
             with ShardWriter(out / stage, max_samples=_SHARD) as writer:
