@@ -12,7 +12,7 @@ from dsvl_train.evaluation.samples import load_processor
 from dsvl_train.interop import native
 from dsvl_train.interop.loading import load_source
 from dsvl_train.interop.neutral import neutral_run
-from dsvl_train.interop.released import is_released, open_released
+from dsvl_train.interop.released import looks_foreign, open_released
 from dsvl_train.models.build import build_model
 from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.parallel.startup import World
@@ -34,7 +34,7 @@ def load_model(path: str | Path, world: World) -> LoadedModel:
     Raises:
         ValueError: no model there, or it does not hold what its configuration says; names the tensor.
     """
-    if is_released(path):
+    if looks_foreign(path):
         config, source = open_released(path)
         cfg = neutral_run(config, path)
         model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=None)

@@ -11,7 +11,7 @@ from dsvl_train.config.schema import ModelConfig
 from dsvl_train.interop import native
 from dsvl_train.interop.blocks import TensorSource
 from dsvl_train.interop.checks import require_same_model
-from dsvl_train.interop.released import is_released, open_released
+from dsvl_train.interop.released import looks_foreign, open_released
 from dsvl_train.models.logical import logical_tensors
 from dsvl_train.models.vlm import VisionLanguageModel
 
@@ -22,7 +22,7 @@ def load_any_weights(path: str | Path, model: VisionLanguageModel, config: Model
     Raises:
         ValueError: neither is there, it holds another model than `config`, or a tensor is missing or has another shape; names it.
     """
-    if is_released(path):
+    if looks_foreign(path):
         stored, source = open_released(path)
         require_same_model(config, stored, str(path))
         load_source(source, model)

@@ -13,6 +13,7 @@ from dsvl_train.config.compose import CONF_DIR, from_plain_model
 from dsvl_train.config.schema import ModelConfig
 from dsvl_train.interop.blocks import MappedSource, Shape, Table, TensorSource
 from dsvl_train.interop.checks import check_tensors, differences
+from dsvl_train.interop.folders import STATE_FILE
 from dsvl_train.interop.formats import deepseek_vl2, multi_modality, transformers_vl
 from dsvl_train.interop.formats.json_file import JsonConfig
 from dsvl_train.interop.shapes import logical_shapes
@@ -42,6 +43,11 @@ def is_released(folder: str | Path) -> bool:
     """Whether a folder holds a whole model in a format of others."""
     path = Path(folder) / "config.json"
     return path.is_file() and JsonConfig.read(path).values.get("model_type") in list(FORMATS)
+
+
+def looks_foreign(folder: str | Path) -> bool:
+    """Whether a folder is meant to be a model of others, known or not: it has a config.json and is no checkpoint of ours."""
+    return (Path(folder) / "config.json").is_file() and not (Path(folder) / STATE_FILE).is_file()
 
 
 def open_released(folder: str | Path) -> tuple[ModelConfig, TensorSource]:

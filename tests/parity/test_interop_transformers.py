@@ -88,7 +88,8 @@ def test_a_transformers_vl_computes_the_same_here(hybrid: bool, world: startup.W
     model.save_pretrained(tmp_path / "theirs")
     write_vl_processor(tmp_path / "theirs", hybrid)
     (tmp_path / "theirs" / "processor_config.json").unlink()
-    images = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7], "high_res_image_mean": [0.2] * 3, "high_res_image_std": [0.3] * 3}
+    images = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    images |= {"high_res_image_mean": [0.2] * 3, "high_res_image_std": [0.3] * 3}
     (tmp_path / "theirs" / "preprocessor_config.json").write_text(json.dumps(images | {"image_processor_type": "unread", "min_size": 14}))
     import_model(tmp_path / "theirs", tmp_path / "ours")
     encoded, ours, vision = our_logits(tmp_path / "ours", world)

@@ -181,6 +181,32 @@ def test_export_converts_types_but_not_the_selection_bias(tmp_path: Path) -> Non
     assert read_json(tmp_path / "back" / "config.json")["torch_dtype"] == "bfloat16"
 
 
+def test_a_bf16_run_exports_its_main_weights_as_fp32(world: startup.World, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from dsvl_train.models.build import build_model
+    from dsvl_train.training import checkpoint
+    from dsvl_train.training.setup import build_trainable
+    from dsvl_train.training.step import TrainStep
+    from tests.tiny import SOURCES, tiny_batch
+
+    cfg, half = tiny_run("vl2"), replace(world, params_dtype=torch.bfloat16)
+    cfg.data.processor = str(tmp_path)
+    model = build_model(cfg.model, cfg.stage, cfg.parallel, half, seed=0)
+    chunks, optimiser = build_trainable(cfg, half, model)
+    TrainStep(cfg, half, model, chunks, optimiser, SOURCES)(tiny_batch(cfg.model, 1, "multimodal"), 1e-3, stop_requested=False)
+    folder = checkpoint.step_folder(tmp_path / "run", 1)
+    checkpoint.save(folder, cfg, model, optimiser, checkpoint.TrainState(1, {}, optimiser.steps_taken(), 0))
+    export_model(tmp_path / "run", tmp_path / "stored", "deepseek_vl_v2")
+    export_model(tmp_path / "run", tmp_path / "main", "deepseek_vl_v2", dtype="fp32")
+    stored, main_weights = (load_file(tmp_path / name / "model.safetensors") for name in ("stored", "main"))
+    weight = model.language.language.output_layer.weight
+    assert torch.equal(main_weights["language.lm_head.weight"], optimiser.main_param(weight)[:200])
+    assert torch.equal(stored["language.lm_head.weight"], weight[:200])
+    assert not torch.equal(main_weights["language.lm_head.weight"], weight[:200].float())
+    assert {tensor.dtype for tensor in main_weights.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("source", "target", "words"),
     [

@@ -278,5 +278,6 @@ def test_another_model_is_told_by_the_settings_that_differ() -> None:
     stored.name, stored.language.max_positions, stored.language.kv_heads = "other", 16, 16
     require_same_model(run, stored, "there")
     stored.language.hidden_size, stored.vision.siglip.layers = 1024, 3
-    with pytest.raises(ValueError, match=r"siglip\.layers is 3 there and 27 here; model\.language\.hidden_size is 1024 there and 2048 here"):
+    words = r"siglip\.layers is 3 there and 27 here; model\.language\.hidden_size is 1024 there and 2048 here"
+    with pytest.raises(ValueError, match=words):
         require_same_model(run, stored, "there")

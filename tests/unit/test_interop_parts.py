@@ -188,7 +188,8 @@ def test_a_transformers_siglip_of_other_sizes_or_activation(
 
     from dsvl_train.interop.assemble import open_siglip
 
-    options = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    options = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options |= {"image_size": 32, "patch_size": 8}
     transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**options)).save_pretrained(tmp_path / "siglip")
     with pytest.raises(ValueError, match=r"model\.vision\.siglip\.heads is 2, there it is 4"):
         open_siglip(tmp_path / "siglip", SIGLIP)
@@ -215,6 +216,8 @@ def test_starting_from_a_folder_of_others_or_from_a_checkpoint(world: startup.Wo
             load_any_weights(folder, built, other)
     with pytest.raises(ValueError, match="neither a checkpoint"):
         load_any_weights(tmp_path, build(model, world), model)
+    with pytest.raises(ValueError, match='model_type = "llama": not a whole vision-language model that is known'):
+        load_any_weights(llama(tmp_path / "llm"), build(model, world), model)
 
 
 def test_parts_are_given_on_the_command_line() -> None:
