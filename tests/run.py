@@ -13,7 +13,7 @@ PARTS = {
     "unit, golden and parity tests": ["tests", "--ignore=tests/distributed", "-n", "auto"],
     "multi-process tests": ["tests/distributed", "-n", "0"],
 }
-_NO_TESTS_COLLECTED = 5
+_TESTS_FAILED, _NO_TESTS_COLLECTED = 1, 5
 
 
 def main(arguments: list[str]) -> int:
@@ -34,8 +34,9 @@ def main(arguments: list[str]) -> int:
             ok &= code in (0, _NO_TESTS_COLLECTED)
             for outcome, number in _counts(report).items():
                 totals[outcome] += number
-    if not ok and not totals["failed"]:
-        totals["failed"] = 1  # pytest itself could not run
+            if code not in (0, _TESTS_FAILED, _NO_TESTS_COLLECTED):
+                totals["failed"] += 1
+                print(f"pytest itself ended with {code} in the {name}; what it had not run yet is not counted", flush=True)
     if not ruff_ok:
         print("ruff found problems (at the top)")
     print(", ".join(f"{number} {outcome}" for outcome, number in totals.items()), flush=True)

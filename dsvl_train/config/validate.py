@@ -75,7 +75,9 @@ def _divides(key: str, divisor: int, of_key: str, number: int) -> None:
     if number % divisor:
         fits = [d for d in range(1, number + 1) if number % d == 0]
         near = max((d for d in fits if d <= divisor), default=1)
-        raise ConfigError(f"{key}, {of_key}", f"{key} must divide {of_key}", value=f"{divisor}, {number}", fix=f"{key}={near}, or {of_key}")
+        raise ConfigError(
+            f"{key}, {of_key}", "the first must divide the second", value=f"{divisor}, {number}", fix=f"{key}={near}, or {of_key}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------ the sections
@@ -358,7 +360,7 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
     if world_size % model_parallel:
         raise ConfigError(
             "parallel.tp * pp * cp, processes",
-            "parallel.tp * parallel.pp * parallel.cp must divide the number of processes",
+            "the first must divide the second",
             value=f"{parallel.tp} * {parallel.pp} * {parallel.cp} = {model_parallel}, {world_size}",
             fix=f"start a multiple of {model_parallel} processes (launch.nproc={model_parallel}), or lower parallel.tp",
         )
