@@ -108,7 +108,7 @@ def test_import_train_export_agree_on_every_layout(tmp_path: Path) -> None:
 
 
 def test_what_does_not_train_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    """A 7B-like model trained on two ranks with a frozen tower: all of it, the pooling head and the two norms that nothing uses included."""
+    """A 7B-like model trained on two ranks with a frozen tower, the pooling head and the two norms that nothing uses in it."""
     released = write_multi_modality(tmp_path / "released", hybrid=True)
     run_dir = tmp_path / "run"
     (run_dir / "processor").mkdir(parents=True)
