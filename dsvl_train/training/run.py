@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from dsvl_train.config.compose import load_run_config, to_yaml
-from dsvl_train.config.schema import ModelConfig, RunConfig
+from dsvl_train.config.schema import RunConfig
 from dsvl_train.parallel import startup
 from dsvl_train.parallel.startup import World
 
 if TYPE_CHECKING:
     from dsvl_train.data.loader import DataPipeline
+    from dsvl_train.models.vlm import VisionLanguageModel
 
 
 def run(cfg: RunConfig) -> int:
@@ -36,7 +37,8 @@ def run(cfg: RunConfig) -> int:
 
 def _train(cfg: RunConfig, world: World) -> int:
     # these import megatron-core, which start-up has to prepare for the device first
-    from dsvl_train.interop import native
+    from dsvl_train.interop.checks import require_same_model
+    from dsvl_train.interop.folders import CONFIG_FILE
     from dsvl_train.models.build import build_model
     from dsvl_train.training import checkpoint
     from dsvl_train.training.callbacks import default_callbacks
@@ -52,15 +54,13 @@ def _train(cfg: RunConfig, world: World) -> int:
     data = _open_data(cfg, world)
     check_processor(cfg.model, data.processor)
     model = build_model(cfg.model, cfg.stage, cfg.parallel, world, cfg.run.seed)
-    if resume_from is None and cfg.init.source is not None:
-        source = native.resolve(cfg.init.source)
-        _require_same_model(cfg.model, source)
-        native.load_weights(source, model)
+    if resume_from is None:
+        _load_initial_weights(cfg, world, model)
     chunks, optimiser = build_trainable(cfg, world, model)
     train_step = TrainStep(cfg, world, model, chunks, optimiser, data.source_names)
     trainer = Trainer(cfg, world, model, optimiser, data, train_step, default_callbacks(cfg.logging), stop)
     if resume_from is not None:
-        _require_same_model(cfg.model, resume_from)
+        require_same_model(cfg.model, load_run_config(resume_from / CONFIG_FILE).model, str(resume_from))
         state = checkpoint.load(resume_from, model, optimiser)
         data.load_state(state.data)
         trainer.step, trainer.bad_samples = state.step, state.bad_samples
@@ -107,13 +107,14 @@ def _checkpoint_to_resume(cfg: RunConfig, run_dir: Path) -> Path | None:
     return native.find_latest(run_dir) if cfg.resume == "auto" else native.resolve(cfg.resume)
 
 
-def _require_same_model(model: ModelConfig, folder: Path) -> None:
-    """Raises ValueError where a checkpoint holds another model than the run's."""
-    stored = load_run_config(folder / "config.yaml").model
-    differing = [key for key in vars(model) if getattr(stored, key) != getattr(model, key)]
-    if differing:
-        raise ValueError(
-            f"{folder} holds the model {stored.name!r}, this run has {model.name!r}; they differ in "
-            + ", ".join(f"model.{key}" for key in differing)
-            + ". Set the model group as in its config.yaml, or use resume=none / another init.from"
-        )
+def _load_initial_weights(cfg: RunConfig, world: World, model: VisionLanguageModel) -> None:
+    """Weights from `init.from`, or from parts (`init.language`, …); what stays random is listed."""
+    from dsvl_train.interop.assemble import has_parts, load_parts
+    from dsvl_train.interop.loading import load_any_weights
+
+    if has_parts(cfg.init):
+        random = load_parts(cfg.init, model, cfg.model)
+        if world.is_main:
+            print(f"random weights, as init.expect_random allows: {', '.join(random) or 'none'}", file=sys.stderr)
+    elif cfg.init.source is not None:
+        load_any_weights(cfg.init.source, model, cfg.model)

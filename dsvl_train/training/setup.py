@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from fnmatch import fnmatchcase
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from dsvl_train.config.schema import ModelConfig, RunConfig
 from dsvl_train.data.processor import Processor
+from dsvl_train.models.vision import STORED_ONLY
 from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.parallel.startup import World
 from dsvl_train.training.optimiser import ModalityOptimiser
@@ -17,13 +19,14 @@ from dsvl_train.training.stages import apply_policy, format_summary, resolve_pol
 def build_trainable(
     cfg: RunConfig, world: World, model: VisionLanguageModel
 ) -> tuple[dict[str, DistributedDataParallel], ModalityOptimiser]:
-    """Freeze as the stage says, wrap the chunks for data parallelism, and make their optimiser.
+    """Freeze as the stage says (and what is only stored), wrap the chunks for data parallelism, and make their optimiser.
 
     Raises:
         ValueError: the stage's policy does not fit the model, or a text step would train nothing.
     """
     parameters = dict(model.named_parameters())
     multipliers = resolve_policy(parameters, cfg.stage.policy)
+    multipliers |= {name: None for name in parameters if any(fnmatchcase(name, glob) for glob in STORED_ONLY)}
     apply_policy(parameters, multipliers)
     if cfg.data.text_ratio > 0 and not any(p.requires_grad for p in model.language.parameters()):
         raise ValueError(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dsvl_train.config.schema import ParamRule
+from dsvl_train.config.schema import ParamRule, VisionConfig
 from dsvl_train.data.batch import IGNORE_INDEX
 from dsvl_train.parallel import startup
-from tests.tiny import SOURCES, tiny_batch, tiny_run
+from tests.tiny import SOURCES, tiny_batch, tiny_model, tiny_run
 
 
 @pytest.fixture(autouse=True)
@@ -271,8 +272,6 @@ def test_optimiser_leaves_vectors_without_weight_decay(world: startup.World) -> 
 @pytest.mark.parametrize("family", ["vl", "vl2"])
 def test_bf16_keeps_fp32_main_weights_and_resumes(world: startup.World, family: str, tmp_path: Path) -> None:
     """The CUDA default, run here on the CPU: losses near fp32's, main weights finer than bf16, and a restored run bit-equal."""
-    from dataclasses import replace
-
     from dsvl_train.training import checkpoint
 
     (tmp_path / "processor").mkdir()
@@ -327,3 +326,13 @@ def test_every_stage_trains_what_the_papers_say_and_nothing_else(world: startup.
         trained = any(name.startswith(part + ".") for part in TRAINED[family][stage])
         assert parameter.requires_grad == trained, name
         assert torch.equal(before[name], after[name]) != trained, name
+
+
+def test_stored_only_parameters_never_change_even_where_the_tower_trains(world: startup.World) -> None:
+    siglip = replace(tiny_model("vl2").vision.siglip, attention_pool=True)
+    bench = Bench(world, "vl2", model__vision=VisionConfig(siglip))
+    before = bench.state()
+    bench.run("multimodal", "multimodal")
+    touched = changed(before, bench.state())
+    assert "vision.siglip.norm.weight" in touched
+    assert not [name for name in touched if ".attn_pool." in name]
