@@ -60,16 +60,32 @@ class _Target:
 
 
 def _vl2_config(checkpoint: _Checkpoint, ids: TokenIds, dtype: str) -> dict[str, Any]:
-    settings = checkpoint.processor / "processor_config.json"
-    candidates = JsonConfig.read(settings).values.get("candidate_resolutions") if settings.is_file() else None
+    settings = deepseek_vl2.read_processor(checkpoint.processor)
+    _check_pixel_statistics(checkpoint, settings)
     return deepseek_vl2.write(
         checkpoint.model,
         bos_id=0 if ids.bos is None else ids.bos,
         eos_id=1 if ids.eos is None else ids.eos,
         dtype=dtype,
         aux_loss_alpha=checkpoint.aux_loss_alpha,
-        candidates=candidates,
+        candidates=settings.values.get("candidate_resolutions"),
     )
+
+
+def _check_pixel_statistics(checkpoint: _Checkpoint, settings: JsonConfig) -> None:
+    """The format keeps them with the processor, so both must agree.
+
+    Raises:
+        ValueError: they do not.
+    """
+    siglip = checkpoint.model.vision.siglip
+    for key, trained in (("image_mean", siglip.pixel_mean), ("image_std", siglip.pixel_std)):
+        stored = settings.numbers(key, deepseek_vl2.DEFAULT_PIXELS)
+        if stored != trained:
+            raise ValueError(
+                f"{settings.path}: {key} is {stored}, the model was trained with {trained} (model.vision.siglip), and deepseek_vl_v2 keeps "
+                "it in that file only; write the model's numbers there, and export again"
+            )
 
 
 def _transformers_config(checkpoint: _Checkpoint, ids: TokenIds, dtype: str) -> dict[str, Any]:
@@ -124,6 +140,8 @@ def export_model(
     table = to.relate(opened.model, ours)
     dropped = _dropped(table, ours, to, target)
     check_tensors(opened.weights, ours)
+    if not (opened.processor / "tokenizer.json").is_file():
+        log.warning("%s has no tokenizer.json: the exported folder will lack tokenizer and processor", opened.processor)
     tensors: TensorSource = MappedSource(opened.weights, table.to_foreign(), table.foreign)
     if dtype is not None:
         tensors = CastSource(tensors, DTYPES[dtype], keep=lambda name: name.endswith("e_score_correction_bias"))

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsvl_train.config.compose import load_run_config
+from dsvl_train.interop.exporter import export_model
 from dsvl_train.interop.importer import import_model
 from tests.made_models import GOLDEN
 
@@ -66,3 +68,20 @@ def test_a_sparse_tensor_in_a_bin_file(source: Path) -> None:
     (source / "model.safetensors").unlink()
     torch.save(state | {NORM: state[NORM].to_sparse()}, source / "pytorch_model.bin")
     refused(source, rf"pytorch_model\.bin: tensor {NORM} is sparse")
+
+
+def test_vl2s_pixel_statistics_are_the_processors(source: Path, tmp_path: Path) -> None:
+    """config.json of that format has none: they are read from the processor's file, and an export whose file disagrees is refused."""
+    file = source / "processor_config.json"
+    settings = json.loads(file.read_text()) | {"image_mean": [0.9, 0.8, 0.7], "image_std": [0.3, 0.3, 0.2]}
+    file.write_text(json.dumps(settings))
+    siglip = import_model(source, tmp_path / "ours", show_progress=False).vision.siglip
+    assert (siglip.pixel_mean, siglip.pixel_std) == ([0.9, 0.8, 0.7], [0.3, 0.3, 0.2])
+    assert load_run_config(tmp_path / "ours" / "config.yaml").model.vision.siglip == siglip
+    export_model(tmp_path / "ours", tmp_path / "back", "deepseek_vl_v2", show_progress=False)
+    assert json.loads((tmp_path / "back" / "processor_config.json").read_text()) == settings
+    stored = tmp_path / "ours" / "processor" / "processor_config.json"
+    stored.write_text(json.dumps(settings | {"image_std": [0.5, 0.5, 0.5]}))
+    with pytest.raises(ValueError, match=r"image_std is \[0\.5, 0\.5, 0\.5\], the model was trained with \[0\.3"):
+        export_model(tmp_path / "ours", tmp_path / "other", "deepseek_vl_v2", show_progress=False)
+    assert not (tmp_path / "other").exists()

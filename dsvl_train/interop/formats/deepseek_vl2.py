@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from dsvl_train.config.geometry import candidate_resolutions
@@ -13,16 +14,29 @@ from dsvl_train.interop.formats import siglip as siglip_format
 from dsvl_train.interop.formats.json_file import JsonConfig
 
 MODEL_TYPE = "deepseek_vl_v2"
+DEFAULT_PIXELS = [0.5, 0.5, 0.5]
+"""Mean and standard deviation of the pixels where no processor_config.json says them."""
 
 
 def read(config: JsonConfig, names: Collection[str]) -> ModelConfig:
-    """The model that a released `config.json` describes, absent keys taking the released classes' defaults."""
+    """The model that a released `config.json` describes, absent keys taking the released classes' defaults.
+
+    Pixel statistics come from the processor's file beside it.
+    """
     config.require("tile_tag", "2D", "2D")
     config.require("global_view_pos", "head", "head")
     language = lm.read_deepseek_moe(config.section("language_config"))
     siglip = _read_vision(config.section("vision_config"), any(name.startswith("vision.attn_pool.") for name in names))
+    pixels = read_processor(config.path.parent)
+    siglip.pixel_mean, siglip.pixel_std = (pixels.numbers(key, DEFAULT_PIXELS) for key in ("image_mean", "image_std"))
     adaptor = _read_projector(config.section("projector_config"), siglip.width, language.hidden_size)
     return ModelConfig("deepseek_vl2", "vl2", VisionConfig(siglip), adaptor, language)
+
+
+def read_processor(folder: Path) -> JsonConfig:
+    """processor_config.json, the only file of this format that has the pixel statistics; nothing where it is absent."""
+    file = folder / "processor_config.json"
+    return JsonConfig.read(file) if file.is_file() else JsonConfig(file, {})
 
 
 def _read_vision(config: JsonConfig, attention_pool: bool) -> SiglipConfig:
