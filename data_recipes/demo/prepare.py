@@ -51,7 +51,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; they change nothing in the data")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the usual number of samples")
     arguments = parser.parse_args(argv)
-    prepare(Path(arguments.out), seed=arguments.seed, workers=arguments.workers, scale=arguments.scale)
+    try:
+        prepare(Path(arguments.out), seed=arguments.seed, workers=arguments.workers, scale=arguments.scale)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = {"lm": "language model", "align": "stage 1, alignment", "pretrain": "stage 2, pretraining", "sft": "stage 3, fine-tuning"}
 """Recipe -> what people call it, in order."""
@@ -48,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     os.chdir(REPOSITORY)
     try:
         return demo(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except subprocess.CalledProcessError as error:
         print(f"error: this step failed (exit code {error.returncode}): {' '.join(map(str, error.cmd))}", file=sys.stderr)
         return 1
@@ -61,6 +66,7 @@ def demo(arguments: argparse.Namespace) -> int:
     runs = root / arguments.model
     if arguments.fresh:
         shutil.rmtree(runs, ignore_errors=True)
+    _require_same_seed(runs, arguments.seed)
     started = time.perf_counter()
     _call([sys.executable, "-m", "data_recipes.demo.prepare", "--out", str(root / "data")])
     results = []
@@ -73,6 +79,20 @@ def demo(arguments: argparse.Namespace) -> int:
     print(f"\n{_table(results)}\n")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes in all; report: {report}")
     return _judge(results)
+
+
+def _require_same_seed(runs: Path, seed: int) -> None:
+    """A stage that is there would be taken for one of this seed.
+
+    Raises:
+        ValueError: a stage in `runs` was trained with another seed.
+    """
+    for stage in STAGES:
+        config = runs / stage / "config.yaml"
+        if config.is_file() and (other := yaml.safe_load(config.read_text(encoding="utf-8"))["run"]["seed"]) != seed:
+            raise ValueError(
+                f"{runs / stage} was trained with seed {other}, not {seed}: remove earlier runs with --fresh, or use another --root"
+            )
 
 
 def _run_stage(arguments: argparse.Namespace, stage: str, data: Path, run_dir: Path, previous: Path | None) -> StageResult:

@@ -117,10 +117,10 @@ def test_interrupted_data_are_not_taken_for_whole(make: Any, tmp_path: Path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="was not made by this recipe"):
-        prepare.prepare(tmp_path)
+    assert prepare.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} is not empty and was not made by this recipe; choose another --out\n"
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
