@@ -39,6 +39,14 @@ FORMATS: dict[str, Format] = {
 """`model_type` of a config.json -> its format."""
 
 
+_PARTS = {
+    **dict.fromkeys(("llama", "deepseek_v2", "deepseek_v3"), "init.language"),
+    **dict.fromkeys(("siglip", "siglip_vision_model"), "init.vision"),
+    **dict.fromkeys(("sam", "sam_vision_model"), "init.sam"),
+}
+"""`model_type` of a part of a model -> the setting that takes it."""
+
+
 def is_released(folder: str | Path) -> bool:
     """Whether a folder holds a whole model in a format of others."""
     path = Path(folder) / "config.json"
@@ -78,6 +86,9 @@ def read_model(folder: str | Path) -> ModelConfig:
 def _recognise(folder: Path) -> tuple[JsonConfig, Format]:
     config = JsonConfig.read(folder / "config.json")
     model_type = config.values.get("model_type")
+    if model_type in list(_PARTS):
+        setting = _PARTS[model_type]
+        raise config.error("model_type", f"a part, not a whole vision-language model; start a run from it with {setting}={folder}")
     if not isinstance(model_type, str) or model_type not in FORMATS:
         raise config.error("model_type", f"not a whole vision-language model that is known; known are {', '.join(FORMATS)}")
     return config, FORMATS[model_type]

@@ -39,6 +39,7 @@ def refused(source: Path, words: str) -> None:
     ("key", "value", "words"),
     [
         ("model_type", ["deepseek_vl_v2"], r"config\.json: model_type = \["),
+        ("model_type", "llama", r"a part, not a whole .* init\.language="),
         ("language_config.num_experts_per_tok", 99, r"num_experts_per_tok = 99: more than the n_routed_experts = 8"),
         ("language_config.rms_norm_eps", float("nan"), r"rms_norm_eps = NaN: expected a finite number"),
         ("language_config.rope_theta", float("inf"), r"rope_theta = Infinity: expected a finite number"),
