@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     from dsvl_train.evaluation.samples import encode_sample, load_processor, read_samples
 
     out = Path(arguments.out)
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name the .npz file to write")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
     processor = load_processor(arguments.model, mask_prompt=arguments.mask_prompt == "true")

@@ -72,6 +72,6 @@ def _answer_samples(loaded: LoadedModel, arguments: argparse.Namespace, sampling
     samples = [as_prompt(sample) for sample in read_samples(arguments.samples)]
     for start in range(0, len(samples), arguments.batch):
         prompts = [encode_sample(loaded.processor, sample, inference=True) for sample in samples[start : start + arguments.batch]]
-        for ids in generate(loaded, prompts, arguments.max_new_tokens, sampling):
+        for ids in generate(loaded, prompts, arguments.max_new_tokens, sampling, first=start):
             answer = loaded.processor.tokenizer.decode(ids).strip()
             print(json.dumps({"answer": answer, "tokens": len(ids)}, ensure_ascii=False), flush=True)

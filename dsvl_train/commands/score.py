@@ -16,17 +16,25 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--samples", required=True, help="JSON list or JSON lines of messages and images")
     add_mask_prompt(parser)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the model (default fp32); bf16 takes half the memory"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print tokens and loss_sum of each sample, in order."""
+    import torch
+
+    from dsvl_train.config.schema import EngineConfig, ParallelConfig
     from dsvl_train.evaluation.samples import encode_sample, load_processor, read_samples
-    from dsvl_train.parallel.startup import start_alone
+    from dsvl_train.parallel.startup import start
 
     processor = load_processor(arguments.model, mask_prompt=arguments.mask_prompt == "true")
     samples = read_samples(arguments.samples)
-    world = start_alone(arguments.device)  # before anything that imports megatron-core
+    torch.backends.cudnn.allow_tf32 = False  # torch lets convolutions use TF32 on CUDA: three digits, where losses are compared to five
+    engine = EngineConfig(device=arguments.device, precision=arguments.precision)
+    world = start(engine, ParallelConfig(), seed=0)  # before anything that imports megatron-core
     from dsvl_train.evaluation.loading import load_model
     from dsvl_train.evaluation.scoring import score_sample
 

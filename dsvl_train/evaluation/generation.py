@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,9 +30,10 @@ class Sampling:
     """Each prompt draws from its own stream of this seed, so an answer does not depend on when the others end."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(
-                f"temperature={self.temperature} must be at least 0, top_p={self.top_p} in (0, 1], and top_k={self.top_k} at least 0"
+                f"temperature={self.temperature} must be finite and at least 0, top_p={self.top_p} in (0, 1], "
+                f"and top_k={self.top_k} at least 0"
             )
 
 
@@ -43,13 +45,15 @@ def generate(
     *,
     on_token: Callable[[int, int], None] | None = None,
     use_cache: bool = True,
+    first: int = 0,
 ) -> list[list[int]]:
     """Continue each prompt until the model's end token or `max_new_tokens`. Returns the new ids, the end token left out.
 
     Args:
         prompts: encoded with `inference=True`; their images are encoded once.
-        on_token: called with (prompt's number, id) as soon as a token is chosen, end tokens excepted.
+        on_token: called with (index in `prompts`, id) as soon as a token is chosen, end tokens excepted.
         use_cache: False computes everything anew for each token: slow, and the same.
+        first: what the first prompt's number is among all that are asked in turns, so that each draws from a stream of its own.
 
     Raises:
         ValueError: `max_new_tokens` below 1.
@@ -59,7 +63,7 @@ def generate(
     if not prompts:
         return []
     sampling = sampling or Sampling()
-    generators = [_generator(sampling.seed, number) for number in range(len(prompts))]
+    generators = [_generator(sampling.seed, first + number) for number in range(len(prompts))]
     stop_ids = set(loaded.processor.stop_ids)
     model = CachedLanguageModel(loaded.model.language) if use_cache else RecomputedLanguageModel(loaded)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -91,7 +95,7 @@ def _choose(logits_v: Tensor, sampling: Sampling, generator: torch.Generator) ->
     logits_v, tokens = logits_v.float().cpu().sort(descending=True, stable=True)
     if sampling.top_k:
         logits_v = logits_v[: sampling.top_k]
-    probabilities = (logits_v / sampling.temperature).softmax(-1)
+    probabilities = ((logits_v - logits_v[0]) / sampling.temperature).softmax(-1)  # of differences: no temperature is too low
     before = probabilities.cumsum(-1) - probabilities
     probabilities = torch.where(before < sampling.top_p, probabilities, 0.0)
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])

@@ -157,9 +157,11 @@ def _sample(record: Any, path: Path, index: int) -> FileSample:
             raise ValueError(f"{where}: message {position} must have the texts `role` and `content`, found {message!r:.200}")
         if message["role"] not in ROLES:
             raise ValueError(f"{where}: message {position} has the unknown role {message['role']!r}; known are {', '.join(ROLES)}")
-    images = record.get("images", [name for message in messages for name in message.get("images") or []])
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise ValueError(f"{where}: `images` must be a list of file names, found {images!r:.200}")
+    images: list[str] = []
+    for named in [record["images"]] if "images" in record else [message.get("images", []) for message in messages]:
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            raise ValueError(f"{where}: `images` must be a list of file names, found {named!r:.200}")
+        images += named
     turns = [{"role": message["role"], "content": message["content"]} for message in messages]
     return FileSample(turns, _image_files(images, path.parent, where), where)
 
@@ -167,6 +169,10 @@ def _sample(record: Any, path: Path, index: int) -> FileSample:
 def _image_files(names: Sequence[str], folder: Path, where: str) -> list[Path]:
     files = [folder / name for name in names]
     for name, file in zip(names, files, strict=True):
-        if "\0" in name or not file.is_file():
-            raise ValueError(f"{where}: image {name!r} is not a file in {folder}")
+        try:
+            found = file.is_file()
+        except OSError:  # such as a name that is too long
+            found = False
+        if not found:
+            raise ValueError(f"{where}: image {name!r:.200} is not a file in {folder}")
     return files

@@ -216,7 +216,7 @@ def test_starting_from_a_folder_of_others_or_from_a_checkpoint(world: startup.Wo
             load_any_weights(folder, built, other)
     with pytest.raises(ValueError, match="neither a checkpoint"):
         load_any_weights(tmp_path, build(model, world), model)
-    with pytest.raises(ValueError, match='model_type = "llama": not a whole vision-language model that is known'):
+    with pytest.raises(ValueError, match='model_type = "llama": a part, not a whole vision-language model'):
         load_any_weights(llama(tmp_path / "llm"), build(model, world), model)
 
 
