@@ -92,7 +92,7 @@ def _generator(seed: int, number: int) -> torch.Generator:
 def _choose(logits_v: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     if sampling.temperature == 0:
         return int(logits_v.argmax())
-    logits_v, tokens = logits_v.float().cpu().sort(descending=True, stable=True)
+    logits_v, tokens = logits_v.double().cpu().sort(descending=True, stable=True)
     if sampling.top_k:
         logits_v = logits_v[: sampling.top_k]
     probabilities = ((logits_v - logits_v[0]) / sampling.temperature).softmax(-1)  # of differences: no temperature is too low

@@ -127,7 +127,9 @@ GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "c
         ({"messages": [{"role": "user", "content": "<image> hi"}]}, "<image>"),
         ({"messages": [{"role": "user", "content": "<image> hi"}], "images": ["gone.png"]}, "gone.png"),
         ({"messages": [{"role": "user", "content": "<image> hi"}], "images": ["broken.png"]}, "image"),
+        ({"messages": [{"role": "user", "content": "<image> hi"}], "images": ["x" * 300]}, "xxx"),
         ({"messages": [{"role": "user", "content": "hi"}], "images": "broken.png"}, "`images`"),
+        ({"messages": [{"role": "user", "content": "hi", "images": 5}]}, "`images`"),
         (["hi"], "list"),
     ],
 )
@@ -146,6 +148,21 @@ def test_a_line_that_is_not_json_is_named(tmp_path: Path, capsys: pytest.Capture
     samples.write_text(json.dumps(GOOD) + "\n\n{nonsense\n")
     assert main(["encode", "--model", str(DATA / "vl2" / "mla_softmax"), "--samples", str(samples), "--out", str(tmp_path / "x.npz")]) == 2
     assert f"{samples}: sample 1 (line 3) is not JSON" in capsys.readouterr().err
+
+
+def test_images_may_stand_in_the_messages(tmp_path: Path) -> None:
+    """As in the released families' examples."""
+    samples = json.loads((DATA / "vl2" / "samples.json").read_text())
+    for sample in samples:
+        images = [str((DATA / "vl2" / name).resolve()) for name in sample.pop("images")]
+        for message in sample["messages"]:
+            count = message["content"].count("<image>")
+            message["images"], images = images[:count], images[count:]
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    actual = encode(DATA / "vl2" / "mla_softmax", tmp_path / "samples.json", tmp_path / "x.npz")
+    with np.load(DATA / "vl2" / "processed.npz") as golden:
+        for name in golden.files:
+            np.testing.assert_array_equal(actual[name], golden[name], err_msg=name)
 
 
 def test_encoding_needs_no_megatron(tmp_path: Path) -> None:

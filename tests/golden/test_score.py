@@ -67,6 +67,13 @@ def test_prompts_count_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
         assert scored["loss_sum"] > scored["tokens"]
 
 
+def test_precision_is_single_unless_half_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    single, half = (score(capsys, DATA / "mla_softmax", DATA / "samples.json", *o) for o in ((), ("--precision", "bf16")))
+    for exact, rough in zip(single, half, strict=True):
+        assert exact["tokens"] == rough["tokens"] and exact["loss_sum"] != rough["loss_sum"]
+        np.testing.assert_allclose(rough["loss_sum"], exact["loss_sum"], rtol=0.03)
+
+
 def test_a_bad_sample_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samples = tmp_path / "samples.json"
     samples.write_text(json.dumps([{"messages": [{"role": "user", "content": "<image>"}], "images": ["gone.png"]}]))

@@ -1,4 +1,4 @@
-"""Our language models against transformers': Llama, and DeepSeekMoE with latent attention of both routers. Outputs and all gradients."""
+"""Our language models against transformers': Llama, and DeepSeekMoE with both attentions and both routers. Outputs and all gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 from vision_reference import difference, randomise
 
-from dsvl_train.config.schema import LanguageConfig, ModelConfig
+from dsvl_train.config.schema import LanguageConfig, MlaConfig, ModelConfig
 from dsvl_train.data.batch import IGNORE_INDEX
 from dsvl_train.interop.blocks import Table
 from dsvl_train.interop.formats.language import add_language
@@ -48,8 +48,8 @@ def llama(language: LanguageConfig) -> nn.Module:
 
 
 def deepseek(language: LanguageConfig) -> nn.Module:
-    moe, mla = language.moe, language.mla
-    assert moe is not None and mla is not None
+    moe, mla = language.moe, language.mla or MlaConfig(kv_rank=8, qk_nope_dim=8, qk_rope_dim=8, v_dim=8)
+    assert moe is not None
     options: dict[str, Any] = {
         "vocab_size": language.vocab_size,
         "hidden_size": language.hidden_size,
@@ -73,9 +73,23 @@ def deepseek(language: LanguageConfig) -> nn.Module:
         "topk_group": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
     }
-    if moe.router == "softmax":
-        return DeepseekV2ForCausalLM(DeepseekV2Config(**options, topk_method="greedy"))
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**options))
+    if moe.router == "sigmoid":
+        return DeepseekV3ForCausalLM(DeepseekV3Config(**options))
+    reference = DeepseekV2ForCausalLM(DeepseekV2Config(**options, topk_method="greedy"))
+    return reference if language.mla is not None else with_plain_attention(reference, llama(language))
+
+
+def with_plain_attention(reference: nn.Module, plain: nn.Module) -> nn.Module:
+    """The released tiny model: Llama's attention, with its own rotary positions, in the decoder of DeepSeekMoE."""
+
+    def own_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        positions = plain.model.rotary_emb(kwargs["hidden_states"], kwargs["position_ids"])  # type: ignore[operator, union-attr]
+        return args, kwargs | {"position_embeddings": positions}
+
+    for layer, plain_layer in zip(reference.model.layers, plain.model.layers, strict=True):  # type: ignore[union-attr, arg-type]
+        plain_layer.self_attn.register_forward_pre_hook(own_positions, with_kwargs=True)
+        layer.self_attn = plain_layer.self_attn
+    return reference
 
 
 def pair(config: ModelConfig, world: startup.World, **stage: float) -> tuple[Any, nn.Module, Table]:
@@ -113,6 +127,7 @@ CONFIGS = {
     "llama": dense(),
     "llama-gqa": dense(kv_heads=2, rope_theta=5000.0, norm_eps=1e-5),
     "llama-tied": dense(tie_embeddings=True),
+    "moe-mha-softmax": tiny_model("vl2", sigmoid=False, mla=False),
     "moe-mla-softmax": tiny_model("vl2", sigmoid=False),
     "moe-mla-sigmoid-bias": tiny_model("vl2"),
 }

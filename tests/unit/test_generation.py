@@ -151,6 +151,8 @@ def test_sampling_follows_the_seed(world: startup.World) -> None:
     assert drawn != greedy
     assert generate(loaded, prompts, 12, replace(sampling, top_k=1)) == greedy
     assert generate(loaded, prompts, 12, replace(sampling, top_p=1e-6)) == greedy
+    assert generate(loaded, prompts, 12, replace(sampling, temperature=1e-300)) == greedy
+    assert generate(loaded, prompts[1:], 12, sampling, first=1) == drawn[1:]  # asked in turns, answered as together
 
 
 def test_top_k_and_top_p_bound_what_is_drawn() -> None:
@@ -169,7 +171,10 @@ def test_top_k_and_top_p_bound_what_is_drawn() -> None:
     assert drawn(top_k=3, top_p=0.5) == {1, 3}  # of the three, 0.4 / 0.85 is not yet half
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}],
+)
 def test_impossible_sampling_is_refused(wrong: dict[str, Any]) -> None:
     from dsvl_train.evaluation.generation import Sampling
 
