@@ -183,7 +183,7 @@ def build_language_model(language: LanguageConfig, config: TransformerConfig) ->
         vocab_size=padded_vocab_size(language.vocab_size),
         max_sequence_length=language.max_positions,
         position_embedding_type="rope",
-        rotary_base=int(language.rope_theta),
+        rotary_base=language.rope_theta,
         share_embeddings_and_output_weights=language.tie_embeddings,
         scatter_embedding_sequence_parallel=False,
     )
