@@ -263,7 +263,7 @@ class ParallelConfig:
     vpp: int = 1
     """Virtual pipeline chunks of the language model per pipeline rank."""
     ep: int = 1
-    """Expert parallel size; divides the data parallel size."""
+    """Expert parallel size; divides the processes over pp, expert tensor parallelism being 1."""
     cp: int = 1
     """Context parallel size."""
     vision_division: Literal["spread", "first_stage"] = "spread"
@@ -284,7 +284,7 @@ class EngineConfig:
     timeout_s: int = 600
     """Seconds after which a collective that hangs ends the job."""
     zero_stage: int = 1
-    """ZeRO stage of the deepspeed engine."""
+    """ZeRO stage of the deepspeed engine, which is not available yet."""
 
 
 @dataclass

@@ -153,9 +153,7 @@ def _overlap(placement: Placement, start: Sequence[int], size: Sequence[int]) ->
     """The part of a placement inside a region of the wanted tensor, its `start` counted from the region's."""
     placed = _padded(placement.size, len(placement.start))
     first = [max(at, low) for at, low in zip(placement.start, start, strict=True)]
-    last = [
-        min(at + length, low + wanted) for at, length, low, wanted in zip(placement.start, placed, start, size, strict=True)
-    ]
+    last = [min(at + length, low + wanted) for at, length, low, wanted in zip(placement.start, placed, start, size, strict=True)]
     if any(low >= high for low, high in zip(first, last, strict=True)):
         return None
     lengths = tuple(high - low for low, high in zip(first, last, strict=True))

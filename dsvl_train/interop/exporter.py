@@ -108,9 +108,7 @@ _TARGETS: dict[str, _Target] = {
         lambda source, target, model: processors.copy_released(source, target),
         five_digits,
     ),
-    "transformers": _Target(
-        transformers_vl.relate, _transformers_config, processors.to_transformers, five_digits, may_drop=_HAS_NO_PLACE
-    ),
+    "transformers": _Target(transformers_vl.relate, _transformers_config, processors.to_transformers, five_digits, may_drop=_HAS_NO_PLACE),
 }
 
 

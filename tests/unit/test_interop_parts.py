@@ -181,9 +181,7 @@ def test_a_sam_for_a_model_without_one_is_refused(world: startup.World, tmp_path
         open_parts(InitConfig(sam=original_sam(tmp_path / "sam.pth")), model)
 
 
-def test_a_transformers_siglip_of_other_sizes_or_activation(
-    world: startup.World, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_transformers_siglip_of_other_sizes_or_activation(world: startup.World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import transformers
 
     from dsvl_train.interop.assemble import open_siglip
