@@ -138,6 +138,10 @@ class MlaConfig:
     v_dim: int
 
 
+VOCAB_MULTIPLE = 128
+"""Stored embedding rows are padded to this, whatever the tensor parallel size, so that the padding never depends on the layout."""
+
+
 @dataclass
 class LanguageConfig:
     """A LLaMA-style dense or a DeepSeekMoE decoder."""
@@ -158,6 +162,11 @@ class LanguageConfig:
     init_std: float = 0.02
     moe: MoeConfig | None = None
     mla: MlaConfig | None = None
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the output layer."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @dataclass

@@ -9,10 +9,7 @@ import itertools
 from collections.abc import Callable
 
 from .errors import ConfigError
-from .schema import DataConfig, LanguageConfig, MlaConfig, ModelConfig, MoeConfig, RunConfig, SamConfig, SiglipConfig
-
-VOCAB_MULTIPLE = 128
-"""Stored embedding rows are padded to a multiple of this."""
+from .schema import VOCAB_MULTIPLE, DataConfig, LanguageConfig, MlaConfig, ModelConfig, MoeConfig, RunConfig, SamConfig, SiglipConfig
 
 NOT_AVAILABLE: list[tuple[str, Callable[[RunConfig], object], object]] = [
     ("parallel.pp", lambda c: c.parallel.pp, 1),
@@ -347,8 +344,7 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
     if language.kv_heads is not None and language.mla is None:
         _divides("parallel.tp", parallel.tp, f"{key}.kv_heads", language.kv_heads)
     _divides("parallel.tp", parallel.tp, f"{key}.ffn_width", language.ffn_width)
-    padded = -(-language.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    _divides("parallel.tp", parallel.tp, f"{key}.vocab_size (padded to {VOCAB_MULTIPLE})", padded)
+    _divides("parallel.tp", parallel.tp, f"{key}.vocab_size (padded to {VOCAB_MULTIPLE})", language.padded_vocab_size)
     if language.moe is None and parallel.ep > 1:
         rule = "a dense language model has no experts to spread"
         raise ConfigError("parallel.ep", rule, value=parallel.ep, fix="parallel.ep=1")

@@ -12,9 +12,6 @@ from dsvl_train.interop.blocks import Shape
 from dsvl_train.models.adaptors import build_adaptor
 from dsvl_train.models.vision import VisionTower
 
-VOCAB_MULTIPLE = 128
-"""Stored vocabulary rows are a multiple of this, as `models.language` pads them."""
-
 
 def logical_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Logical tensor -> shape of the whole, in the order of computation."""
@@ -29,7 +26,7 @@ def logical_shapes(model: ModelConfig) -> dict[str, Shape]:
 def language_shapes(language: LanguageConfig) -> dict[str, Shape]:
     """The language model's logical tensors."""
     h = language.hidden_size
-    vocabulary = (-(-language.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, h)
+    vocabulary = (language.padded_vocab_size, h)
     shapes: dict[str, Shape] = {"language.embedding.word_embeddings.weight": vocabulary}
     for layer in range(language.layers):
         parts: dict[str, Shape] = {"input_layernorm.weight": (h,)}

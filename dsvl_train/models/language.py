@@ -30,14 +30,6 @@ from dsvl_train.config.schema import LanguageConfig, ParallelConfig, StageConfig
 from dsvl_train.models.layers import PackedAttention, ReplicatedLinear, RMSNorm
 from dsvl_train.models.moe import SampleMoELayer, SampleRouter
 
-VOCAB_MULTIPLE = 128
-"""Embedding rows are padded to this, whatever the tensor parallel size, so that the padding never depends on the layout."""
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding and of the output layer."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
 
 def transformer_config(
     language: LanguageConfig, stage: StageConfig, parallel: ParallelConfig, params_dtype: torch.dtype, on_cpu: bool
@@ -180,7 +172,7 @@ def build_language_model(language: LanguageConfig, config: TransformerConfig) ->
     model = GPTModel(
         config=config,
         transformer_layer_spec=decoder_spec(language),
-        vocab_size=padded_vocab_size(language.vocab_size),
+        vocab_size=language.padded_vocab_size,
         max_sequence_length=language.max_positions,
         position_embedding_type="rope",
         rotary_base=language.rope_theta,
