@@ -34,7 +34,7 @@ SOURCES = ["first", "second"]
 
 
 def tiny_model(family: str, *, sigmoid: bool = True, mla: bool = True) -> ModelConfig:
-    siglip = SiglipConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2, gelu="tanh" if family == "vl2" else "erf")
+    siglip = SiglipConfig(image_size=32, patch_size=8, width=32, layers=4, heads=2, gelu="tanh" if family == "vl2" else "erf")
     if family == "vl2":
         moe = MoeConfig(
             routed_experts=4,
@@ -50,7 +50,7 @@ def tiny_model(family: str, *, sigmoid: bool = True, mla: bool = True) -> ModelC
             vocab_size=VOCAB,
             hidden_size=48,
             ffn_width=64,
-            layers=3,
+            layers=6,
             heads=4,
             init_std=0.1,
             moe=moe,
@@ -61,15 +61,15 @@ def tiny_model(family: str, *, sigmoid: bool = True, mla: bool = True) -> ModelC
         image_size=64,
         patch_size=8,
         width=32,
-        layers=2,
+        layers=4,
         heads=2,
         window=3,
-        global_layers=[1],
+        global_layers=[1, 3],
         neck_width=16,
         interpolate_to=16,
         downsample_widths=[24, 32],
     )
-    language = LanguageConfig(vocab_size=VOCAB, hidden_size=48, ffn_width=64, layers=3, heads=4, init_std=0.1)
+    language = LanguageConfig(vocab_size=VOCAB, hidden_size=48, ffn_width=64, layers=6, heads=4, init_std=0.1)
     return ModelConfig("tiny_vl", "vl", VisionConfig(siglip, sam), AdaptorConfig("hybrid"), language)
 
 
