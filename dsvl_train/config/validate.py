@@ -12,8 +12,6 @@ from .errors import ConfigError
 from .schema import VOCAB_MULTIPLE, DataConfig, LanguageConfig, MlaConfig, ModelConfig, MoeConfig, RunConfig, SamConfig, SiglipConfig
 
 NOT_AVAILABLE: list[tuple[str, Callable[[RunConfig], object], object]] = [
-    ("parallel.pp", lambda c: c.parallel.pp, 1),
-    ("parallel.vpp", lambda c: c.parallel.vpp, 1),
     ("parallel.cp", lambda c: c.parallel.cp, 1),
     ("parallel.vision_tp", lambda c: c.parallel.vision_tp, "recompute"),
     ("parallel.tile_balance", lambda c: c.parallel.tile_balance, False),

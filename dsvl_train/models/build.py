@@ -6,7 +6,7 @@ from dsvl_train.config.schema import ModelConfig, ParallelConfig, StageConfig
 from dsvl_train.models.initialise import initialise
 from dsvl_train.models.language import transformer_config
 from dsvl_train.models.vlm import VisionLanguageModel
-from dsvl_train.parallel.division import Division, whole
+from dsvl_train.parallel.division import Division
 from dsvl_train.parallel.startup import World
 
 
@@ -19,9 +19,8 @@ def build_model(
     """
     on_cpu = world.device.type == "cpu"
     config = transformer_config(model.language, stage, parallel, world.params_dtype, on_cpu, division if parallel.pp > 1 else None)
-    sam_layers = model.vision.sam.layers if model.vision.sam else 0
-    division = division or whole(model.vision.siglip.layers, sam_layers, model.language.layers)
-    built = VisionLanguageModel(model, config, division)
+    shard_tiles = parallel.tp > 1 and parallel.vision_tp == "shard"
+    built = VisionLanguageModel(model, config, division, shard_tiles=shard_tiles)
     if seed is not None:
         initialise(built, model, seed)
     for chunk in built.chunks.values():

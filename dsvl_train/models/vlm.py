@@ -25,18 +25,23 @@ from dsvl_train.config.schema import ModelConfig
 from dsvl_train.models.adaptors import build_adaptor
 from dsvl_train.models.language import build_language_model
 from dsvl_train.models.moe import PADDING, SampleMoELayer, SampleRouter
-from dsvl_train.models.vision import VisionTower
-from dsvl_train.parallel.division import Division
+from dsvl_train.models.vision import Features, VisionTower
+from dsvl_train.parallel.division import Division, whole
+from dsvl_train.parallel.tile_exchange import TileRoute
 
 _LAYER = re.compile(r"^(language\.decoder\.layers\.)(\d+)\.")
 
 
 class VisionChunk(MegatronModule):
-    """This rank's part of vision tower and adaptor. Every tensor-parallel rank computes all of it (VL §3.3)."""
+    """This rank's part of vision tower and adaptor.
+
+    Its weights are whole on every tensor-parallel rank (VL §3.3). What a rank encodes is decided by the route of the tiles; with
+    `shard_tiles` the tensor-parallel ranks see different ones, and Megatron sums the tower's gradients over them.
+    """
 
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, division: Division, pp_rank: int) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, division: Division, pp_rank: int, shard_tiles: bool) -> None:
         super().__init__(config)
         self.layers = division.siglip[pp_rank], division.sam[pp_rank]
         """Of SigLIP and of SAM."""
@@ -46,27 +51,41 @@ class VisionChunk(MegatronModule):
         self.adaptor = build_adaptor(model.adaptor, model.vision, model.language.hidden_size) if self.finishes else None
         self.vision.keep(*self.layers, embed=self.embeds, finish=self.finishes)
         self.to(config.params_dtype)
+        if shard_tiles:
+            for parameter in self.vision.parameters():
+                parameter.sequence_parallel = True  # Megatron's word for: every tensor-parallel rank has a part of the gradient
         self._received: Tensor | None = None
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Megatron's schedules hand over the previous pipeline rank's output here."""
         self._received = input_tensor[0]
 
-    def forward(self, pixels_nchw: Tensor, tiles_wh: Tensor) -> Tensor:
+    def forward(self, pixels_nchw: Tensor, tiles_wh: Tensor, route: TileRoute | None = None) -> Tensor:
         """uint8 tiles [n, 3, H, W] and grids [i, 2] -> visual embeddings [v, h], newline and separator embeddings included.
 
         On a rank that holds a part of the encoder: the previous rank's state, not the pixels, is what it starts from, and where it does not
         finish, a packed state [n, r] (`VisionTower.pack`) is what it ends with.
         """
         if self.embeds:
-            state = self.vision.embed(pixels_nchw)
+            state = self.vision.embed(pixels_nchw if route is None else route.distribute(pixels_nchw))
         else:
             assert self._received is not None
             state = self.vision.unpack(self._received.squeeze(1))
         state = self.vision.run(state, *self.layers)
         if self.adaptor is None:
             return self.vision.pack(state)
-        return self.adaptor(self.vision.finish(state), tiles_wh)
+        features = self.vision.finish(state)
+        if route is not None:
+            rows_nf = route.collect(torch.cat([part.flatten(1) for part in _parts(features)], dim=1), pixels_nchw.shape[0])
+            shapes = [part.shape[1:] for part in _parts(features)]
+            widths = [shape.numel() for shape in shapes]
+            parts = [rows.unflatten(1, tuple(shape)) for rows, shape in zip(rows_nf.split(widths, dim=1), shapes, strict=True)]
+            features = parts[0] if isinstance(features, Tensor) else (parts[0], parts[1])
+        return self.adaptor(features, tiles_wh)
+
+
+def _parts(features: Features) -> tuple[Tensor, ...]:
+    return (features,) if isinstance(features, Tensor) else features
 
 
 class LanguageChunk(MegatronModule):
@@ -136,7 +155,9 @@ class LanguageChunk(MegatronModule):
             input_ids=None,
             position_ids=None,
             attention_mask=None,
-            decoder_input=self.embed(tokens_t, image_mask_t, self._visual_vh if visual_vh is None else visual_vh) if self.pre_process else None,
+            decoder_input=self.embed(tokens_t, image_mask_t, self._visual_vh if visual_vh is None else visual_vh)
+            if self.pre_process
+            else None,
             labels=None if labels_t is None else labels_t.clamp(min=0)[None],
             packed_seq_params=pack(cu_seqlens),
             padding_mask=self._shard(sample_ids_t)[None],
@@ -192,7 +213,16 @@ def pack(cu_seqlens: Tensor) -> PackedSeqParams:
 class VisionLanguageModel:
     """The chunks that live on this rank: its part of the encoder (which may hold nothing) and its language chunks."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, division: Division) -> None:
+    def __init__(
+        self, model: ModelConfig, config: TransformerConfig, division: Division | None = None, *, shard_tiles: bool = False
+    ) -> None:
+        """
+        Args:
+            division: which layers this pipeline rank holds; None = all, there is no pipeline.
+            shard_tiles: tensor-parallel ranks encode different tiles.
+        """
+        sam_layers = 0 if model.vision.sam is None else model.vision.sam.layers
+        division = division or whole(model.vision.siglip.layers, sam_layers, model.language.layers)
         self.config, self.division = config, division
         self.tied_embeddings = model.language.tie_embeddings
         pp_rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -200,7 +230,7 @@ class VisionLanguageModel:
         if division.spread:  # in the pipeline of image steps the encoder is one more virtual chunk
             vision_config = copy.copy(config)
             vision_config.virtual_pipeline_model_parallel_size = division.vpp + 1
-        self.vision = VisionChunk(model, vision_config, division, pp_rank)
+        self.vision = VisionChunk(model, vision_config, division, pp_rank, shard_tiles)
         self.language_chunks = [
             LanguageChunk(model, config, layers[pp_rank], vp_stage=chunk if division.vpp > 1 else None)
             for chunk, layers in enumerate(division.language)

@@ -12,6 +12,7 @@ the encoder whole beside the embedding on rank 0 and divides the language layers
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -158,7 +159,7 @@ def plan_division(
 
 def _even(layers: int, parts: int) -> tuple[range, ...]:
     starts = [layers * part // parts for part in range(parts + 1)]
-    return tuple(range(start, stop) for start, stop in zip(starts, starts[1:], strict=False))
+    return tuple(range(start, stop) for start, stop in itertools.pairwise(starts))
 
 
 def _on_first(layers: int, parts: int) -> tuple[range, ...]:
@@ -182,7 +183,7 @@ def _neighbours(language: tuple[tuple[range, ...], ...]) -> Iterator[tuple[tuple
                 moved[giver] -= 1
                 moved[taker] += 1
                 starts = [sum(moved[:i]) for i in range(len(moved) + 1)]
-                yield _rows([range(a, b) for a, b in zip(starts, starts[1:], strict=False)], pp)
+                yield _rows([range(a, b) for a, b in itertools.pairwise(starts)], pp)
 
 
 def _fit_vision(division: Division, costs: LayerCosts) -> Division:

@@ -55,7 +55,8 @@ def build_trainable(
     for chunk in chunks.values():
         chunk.train()
     by_chunk = {
-        key: {name: multipliers[whole_model_name(chunk, name)] for name, _ in chunk.named_parameters()} for key, chunk in model.chunks.items()
+        key: {name: multipliers[whole_model_name(chunk, name)] for name, _ in chunk.named_parameters()}
+        for key, chunk in model.chunks.items()
     }
     return chunks, ModalityOptimiser(cfg.optim, chunks, by_chunk, world.params_dtype)
 

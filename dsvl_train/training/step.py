@@ -27,6 +27,7 @@ from dsvl_train.data.batch import IGNORE_INDEX, MicroBatch, Modality, StepBatch
 from dsvl_train.models.vlm import VisionChunk, VisionLanguageModel
 from dsvl_train.parallel.pipeline import run_pipeline
 from dsvl_train.parallel.startup import World
+from dsvl_train.parallel.tile_exchange import TileRoute, plan_exchanges
 from dsvl_train.training.optimiser import ModalityOptimiser
 
 MOST_TILES = 18
@@ -125,18 +126,35 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimiser.zero_grad(batch.modality)
         forward_step = partial(self._forward_step, supervised_tokens=max(counts.supervised_tokens, 1))
-        run_pipeline(forward_step, self._pipeline_chunks(), batch.micro_batches)
+        routed = list(zip(batch.micro_batches, self._tile_routes(batch), strict=True))
+        run_pipeline(forward_step, self._pipeline_chunks(), routed)
+
+    def _tile_routes(self, batch: StepBatch) -> list[TileRoute | None]:
+        """How each micro-batch's tiles travel; None = every rank encodes what it has."""
+        parallel = self.cfg.parallel
+        balance = parallel.tile_balance and self.world.dp_size > 1
+        shard = parallel.vision_tp == "shard" and parallel.tp > 1
+        if batch.modality == "text" or not (balance or shard):
+            return [None] * len(batch.micro_batches)
+        if not balance:
+            return [TileRoute(shard=shard)] * len(batch.micro_batches)
+        mine = torch.tensor([micro.tiles for micro in batch.micro_batches], device=self.world.device)
+        tiles_rm = [torch.empty_like(mine) for _ in range(self.world.dp_size)]
+        dist.all_gather(tiles_rm, mine, group=parallel_state.get_data_parallel_group())
+        tiles_mr = torch.stack(tiles_rm, dim=1).tolist()
+        return [TileRoute(exchange, shard) for exchange in plan_exchanges(tiles_mr)]
 
     def _forward_step(
-        self, micro_batches: Iterator[MicroBatch], chunk: DistributedDataParallel, supervised_tokens: int
+        self, micro_batches: Iterator[tuple[MicroBatch, TileRoute | None]], chunk: DistributedDataParallel, supervised_tokens: int
     ) -> tuple[Tensor, Any]:
         """Megatron's schedule calls this once per micro-batch and chunk of the pipeline."""
-        micro = next(micro_batches)
+        micro, route = next(micro_batches)
         if isinstance(chunk.module, VisionChunk):
-            return self._encode(micro)[:, None], None
+            return self._encode(micro, route)[:, None], None
         visual_vh = None
-        if micro.tiles and self.model.vision.finishes and not self.model.division.spread:
-            visual_vh = self._encode(micro)
+        encodes_here = self.model.vision.finishes and not self.model.division.spread and self._modality == "multimodal"
+        if encodes_here and chunk.module.pre_process:
+            visual_vh = self._encode(micro, route)
         labels_t = self._to_device(micro.labels_t)
         out = chunk(
             self._to_device(micro.tokens_t),
@@ -148,13 +166,13 @@ class TrainStep:
         )
         return out, partial(self._loss, micro, labels_t, supervised_tokens)
 
-    def _encode(self, micro: MicroBatch) -> Tensor:
+    def _encode(self, micro: MicroBatch, route: TileRoute | None) -> Tensor:
         """This rank's part of the encoder over the micro-batch's tiles, which may be none."""
         if micro.pixels_nchw is None or micro.tiles_wh is None:
             side = self.model.vision.vision.image_size
             no_pixels = torch.empty(0, 3, side, side, dtype=torch.uint8, device=self.world.device)
-            return self.chunks["vision"](no_pixels, torch.empty(0, 2, dtype=torch.int64))
-        return self.chunks["vision"](self._to_device(micro.pixels_nchw), micro.tiles_wh)
+            return self.chunks["vision"](no_pixels, torch.empty(0, 2, dtype=torch.int64), route)
+        return self.chunks["vision"](self._to_device(micro.pixels_nchw), micro.tiles_wh, route)
 
     def _loss(
         self, micro: MicroBatch, labels_t: Tensor, supervised_tokens: int, loss_t: Tensor

@@ -55,7 +55,7 @@ class Bench:
         for name, parameter in self.model.named_parameters():
             for key, value in (self.optimiser.moments(parameter) or {}).items():
                 state[f"{key} {name}"] = value.detach().clone()
-        for index, router in enumerate(self.model.routers()):
+        for index, router in enumerate(self.model.routers().values()):
             if router.expert_bias is not None:
                 state[f"expert_bias {index}"] = router.expert_bias.clone()
         return state
