@@ -259,6 +259,7 @@ def open_processor(cfg: DataConfig) -> Processor:
         max_tiles=cfg.max_tiles,
         tiling_image_limit=cfg.tiling_image_limit,
         max_image_pixels=cfg.max_image_pixels,
+        decode=cfg.decode,
     )
 
 
