@@ -212,7 +212,7 @@ class SourceConfig:
     kind: Literal["shards", "text"]
     """shards: webdataset tars of samples. text: Megatron .bin/.idx of tokenised documents."""
     path: str
-    """shards: a brace pattern, glob or folder of tars. text: the .bin/.idx prefix."""
+    """shards: a brace pattern, glob or folder of tars, on this machine or behind a URL (s3://, https://, …). text: the .bin/.idx prefix."""
     modality: Literal["multimodal", "text"]
     """Which steps draw from it; a sample with images must be in a multimodal source."""
     weight: float = 1.0
@@ -256,6 +256,20 @@ class DataConfig:
     """Threads that read and decode ahead; 0 reads in the training thread. Never changes the batches."""
     prefetch_steps: int = 2
     """Global batches prepared ahead at most."""
+    prefetch_gb: float = 4.0
+    """Gigabytes of tiles that a rank prepares ahead at most, beside the batch in use; one batch is prepared ahead in any case."""
+    stall_s: float = 300.0
+    """Seconds after which a batch that is not ready stops the run, with the names of the samples that are being read."""
+    index_dir: str | None = None
+    """Folder for indexes, seen by all ranks; null = beside the shards. Remote shards need one."""
+    cache_dir: str | None = None
+    """Folder on a local disk for blocks of remote shards, shared by all processes of a machine; null = nothing is kept."""
+    cache_gb: float = 20.0
+    """Gigabytes that cache_dir grows to; the blocks used least recently go first."""
+    read_retries: int = 4
+    """Repetitions of a failed request to remote shards, with growing pauses."""
+    unreachable: Literal["stop", "skip"] = "stop"
+    """A remote shard that cannot be read then: stop the run, or skip: a bad sample, counted as such."""
     max_bad_fraction: float = 0.01
     """Stop the run when more than this share of the samples seen was bad (and more than 10 were)."""
     max_image_pixels: int = 178_956_970
