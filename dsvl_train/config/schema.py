@@ -257,7 +257,7 @@ class DataConfig:
     prefetch_steps: int = 2
     """Global batches prepared ahead at most."""
     prefetch_gb: float = 4.0
-    """Gigabytes of tiles that a rank prepares ahead at most, beside the batch in use; one batch is prepared ahead in any case."""
+    """No further batch is begun while those prepared ahead hold this many gigabytes of tiles on a rank; one is begun in any case."""
     stall_s: float = 300.0
     """Seconds after which a batch that is not ready stops the run, with the names of the samples that are being read."""
     index_dir: str | None = None
