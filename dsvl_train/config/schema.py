@@ -253,7 +253,8 @@ class DataConfig:
     window: int = 1024
     """Samples that packing looks over at once."""
     workers: int = 1
-    """Threads that read and decode ahead; 0 reads in the training thread. Never changes the batches."""
+    """Threads that read and decode ahead; 0 reads in the training thread. Never changes the batches. Behind a latency, samples of a step
+    times latency over the time of a step is the least that keeps up."""
     prefetch_steps: int = 2
     """Global batches prepared ahead at most."""
     prefetch_gb: float = 4.0

@@ -257,4 +257,4 @@ def open_remote_files(cache_dir: str | None, cache_gb: float, retries: int) -> R
     disk = shutil.disk_usage(cache.folder).total
     if max_bytes > disk:
         raise ValueError(f"data.cache_gb={cache_gb:g}: the disk of data.cache_dir={cache_dir} has {disk / 1e9:.0f} GB; set it lower")
-    return RemoteFiles(cache, retries=retries)
+    return RemoteFiles(cache, retries=retries, block_bytes=BLOCK_BYTES)

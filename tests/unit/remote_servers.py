@@ -101,8 +101,7 @@ class SlowFileSystem(LocalFileSystem):
     protocol = "slow"
     latency_s = (0.02, 0.05)
     bytes_per_s = 100e6
-    requests = 0
-    bytes_read = 0
+    requests = reads = bytes_read = 0
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> str:
@@ -118,6 +117,7 @@ class SlowFileSystem(LocalFileSystem):
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         raw: bytes = super().cat_file(path, start=start, end=end, **options)
+        type(self).reads += 1
         self._wait(len(raw))
         return raw
 
@@ -133,5 +133,5 @@ class SlowFileSystem(LocalFileSystem):
 def register_slow() -> type[SlowFileSystem]:
     """Make `slow://` known, with its counters at 0."""
     fsspec.register_implementation("slow", SlowFileSystem, clobber=True)
-    SlowFileSystem.requests = SlowFileSystem.bytes_read = 0
+    SlowFileSystem.requests = SlowFileSystem.reads = SlowFileSystem.bytes_read = 0
     return SlowFileSystem
