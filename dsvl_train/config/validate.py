@@ -244,7 +244,18 @@ def _check_data(config: RunConfig) -> None:
     data = config.data
     _at_least(config, 1, "data.seq_len", "data.batch_size", "data.micro_batch_size", "data.max_tiles", "data.window")
     _at_least(config, 1, "data.prefetch_steps", "data.max_image_pixels")
-    _at_least(config, 0, "data.text_warmup_steps", "data.tiling_image_limit", "data.workers")
+    _at_least(
+        config,
+        0,
+        "data.text_warmup_steps",
+        "data.tiling_image_limit",
+        "data.workers",
+        "data.cache_gb",
+        "data.read_retries",
+        "data.prefetch_gb",
+    )
+    if data.stall_s <= 0:
+        raise ConfigError("data.stall_s", "must be above 0", value=data.stall_s, fix="data.stall_s=300")
     _fraction("data.text_ratio", data.text_ratio)
     _fraction("data.text_ratio_start", data.text_ratio_start)
     _fraction("data.max_bad_fraction", data.max_bad_fraction)
