@@ -1,5 +1,5 @@
 # setup   .venv with everything the tests and the demo need (once)
-# demo    train, evaluate and report the small model: make demo MODEL=vl2|vl SEED=0 NPROC=2 ROOT=runs/demo
+# demo    train, evaluate and report the small model: make demo MODEL=vl2|vl SEED=0 NPROC=4 ROOT=runs/demo
 # test    ruff, then all tests; ends with a line that counts them. test-quick leaves the multi-process ones out
 # lint    ruff and the type checker; format rewrites the files as ruff likes them
 # bench   everything timed
@@ -11,7 +11,7 @@ STAMP := $(VENV)/.setup_done
 TORCH := torch==2.13.0
 MODEL ?= vl2
 SEED ?= 0
-NPROC ?= 2
+NPROC ?= 4
 ROOT ?= runs/demo
 # the first of these that is there and is Python 3.11 or 3.12
 PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \

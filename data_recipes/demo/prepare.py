@@ -29,7 +29,7 @@ from data_recipes.demo import samples as demo
 from data_recipes.demo.images import TILE, chart_image, digit_image, page_image, word_image, wrap_words
 from data_recipes.demo.materials import Materials, load_materials
 
-VERSION = 4
+VERSION = 5
 """Raise it when the data change for the same settings."""
 VOCAB_SIZE = 2048
 SAMPLES = {"align": 12000, "pretrain": 12000, "sft": 12000, "sft_text": 2500}

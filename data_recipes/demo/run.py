@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=["vl", "vl2"], default="vl2")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--nproc", type=int, default=2, help="training processes")
+    parser.add_argument("--nproc", type=int, default=4, help="training processes")
     parser.add_argument("--root", default="runs/demo", help="where data, runs and report go")
     parser.add_argument("--fresh", action="store_true", help="remove this model's earlier runs first")
     parser.add_argument("--set", action="append", default=[], metavar="STAGE:KEY=VALUE", help="an override for one stage, to experiment")

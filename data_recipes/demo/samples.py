@@ -145,7 +145,7 @@ def chart_to_table(rng: Random, materials: Materials) -> DemoSample:
 
 def interleaved(rng: Random, materials: Materials) -> DemoSample:
     """Text with two or three images in it: a list of digits, or a glossary whose terms are pictures too."""
-    if rng.random() < 0.6:
+    if rng.random() < 0.8:
         drawn = [_draw_digit(rng, materials) for _ in range(rng.randint(2, 3))]
         lines = [f"{n}. <image> is the digit {d.label}." for n, (d, _) in enumerate(drawn, 1)]
         return _document("interleaved", "\n".join(lines), *(image for _, image in drawn))
@@ -222,17 +222,17 @@ MIXTURES: dict[str, tuple[tuple[Maker, float], ...]] = {
     "pretrain": (
         (caption_digit, 0.38),
         (caption_row, 0.15),
-        (ocr_word, 0.12),
+        (ocr_word, 0.10),
         (ocr_page, 0.03),
-        (interleaved, 0.08),
+        (interleaved, 0.06),
         (caption_chart, 0.03),
         (chart_to_table, 0.03),
         # A small share of conversations, so that the base model can be asked already (VL §3.2.2).
-        (ask_digit, 0.14),
+        (ask_digit, 0.18),
         (ask_word, 0.02),
         (ask_chart, 0.02),
     ),
-    "sft": ((ask_digit, 0.60), (ask_row, 0.15), (ask_word, 0.12), (ask_page, 0.03), (ask_chart, 0.10)),
+    "sft": ((ask_digit, 0.66), (ask_row, 0.15), (ask_word, 0.08), (ask_page, 0.03), (ask_chart, 0.08)),
     "sft_text": ((ask_docs, 1.0),),
 }
 """Stage folder -> kinds and their shares."""

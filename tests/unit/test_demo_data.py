@@ -136,7 +136,7 @@ def test_digits_are_divided_by_scan(both_sides: tuple[materials.Materials, mater
 
 def test_no_training_image_shows_a_held_out_word(both_sides: tuple[materials.Materials, materials.Materials], drawn: Drawn) -> None:
     shown = {word for stage in drawn.values() for sample in stage for word in words_shown(sample)}
-    assert len(shown) > 400
+    assert len(shown) > 300
     assert not [word for word in shown if materials.is_held_out_word(word)]
     assert len(both_sides[1].words) >= 100 and not set(both_sides[1].words) & set(both_sides[0].words)
     assert all(any(map(materials.is_held_out_word, passage)) for passage in both_sides[1].passages)
