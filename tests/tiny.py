@@ -101,6 +101,32 @@ def tiny_batch(model: ModelConfig, step: int, modality: Modality, dp_rank: int =
     )
 
 
+def image_batch(model: ModelConfig, tiles: list[int], seed: int) -> StepBatch:
+    """A VL2 image step of one sample per micro-batch, each with one image of so many tiles (the thumbnail among them)."""
+    generator = torch.Generator().manual_seed(seed)
+    micro_batches = []
+    side, image = model.vision.siglip.grid // 2, model.vision.siglip.image_size
+    for count in tiles:
+        wide = count - 1  # 0: the tile alone, as the blank one of a sample without image
+        visual = side * (side + 1) + 1 + side * (side * wide + 1) if wide else 0
+        total = visual + 8
+        image_mask_t = torch.zeros(total, dtype=torch.bool)
+        image_mask_t[2 : 2 + visual] = True
+        micro_batches.append(
+            MicroBatch(
+                tokens_t=torch.randint(0, VOCAB, (total,), generator=generator),
+                labels_t=torch.randint(0, VOCAB, (total,), generator=generator).masked_fill(image_mask_t, IGNORE_INDEX),
+                cu_seqlens=torch.tensor([0, total], dtype=torch.int32),
+                image_mask_t=image_mask_t,
+                padding_t=torch.zeros(total, dtype=torch.bool),
+                source_s=torch.tensor([0]),
+                pixels_nchw=torch.randint(0, 256, (count, 3, image, image), generator=generator, dtype=torch.uint8),
+                tiles_wh=torch.tensor([[wide, 1]]),
+            )
+        )
+    return StepBatch(1, "multimodal", micro_batches, text_share=0.0, text_share_target=0.0, text_ratio=0.0, pack_fill=1.0)
+
+
 def _micro_batch(model: ModelConfig, modality: Modality, index: int, generator: torch.Generator) -> MicroBatch:
     with_image = modality == "multimodal" and index != 2  # one micro-batch of an image step has no image
     visual = _visual_tokens(model) if with_image else 0

@@ -25,8 +25,9 @@ from dsvl_train.config.schema import ModelConfig
 from dsvl_train.models.adaptors import build_adaptor
 from dsvl_train.models.language import build_language_model
 from dsvl_train.models.moe import PADDING, SampleMoELayer, SampleRouter
-from dsvl_train.models.vision import Features, VisionTower
+from dsvl_train.models.vision import Features, VisionState, VisionTower
 from dsvl_train.parallel.division import Division, whole
+from dsvl_train.parallel.pipeline import no_gradient
 from dsvl_train.parallel.tile_exchange import TileRoute
 
 _LAYER = re.compile(r"^(language\.decoder\.layers\.)(\d+)\.")
@@ -53,7 +54,9 @@ class VisionChunk(MegatronModule):
         self.to(config.params_dtype)
         if shard_tiles:
             for parameter in self.vision.parameters():
-                parameter.sequence_parallel = True  # Megatron's word for: every tensor-parallel rank has a part of the gradient
+                parameter.sequence_parallel = True  # type: ignore[attr-defined]  # Megatron's word for: every tensor-parallel rank has a part of the gradient
+        self.tower_trains = True
+        """Something of the encoder trains here or on an earlier pipeline rank. If not, no activation is kept and no gradient sent back."""
         self._received: Tensor | None = None
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
@@ -66,26 +69,32 @@ class VisionChunk(MegatronModule):
         On a rank that holds a part of the encoder: the previous rank's state, not the pixels, is what it starts from, and where it does not
         finish, a packed state [n, r] (`VisionTower.pack`) is what it ends with.
         """
-        if self.embeds:
-            state = self.vision.embed(pixels_nchw if route is None else route.distribute(pixels_nchw))
-        else:
-            assert self._received is not None
-            state = self.vision.unpack(self._received.squeeze(1))
-        state = self.vision.run(state, *self.layers)
-        if self.adaptor is None:
-            return self.vision.pack(state)
-        features = self.vision.finish(state)
-        if route is not None:
-            rows_nf = route.collect(torch.cat([part.flatten(1) for part in _parts(features)], dim=1), pixels_nchw.shape[0])
-            shapes = [part.shape[1:] for part in _parts(features)]
-            widths = [shape.numel() for shape in shapes]
-            parts = [rows.unflatten(1, tuple(shape)) for rows, shape in zip(rows_nf.split(widths, dim=1), shapes, strict=True)]
-            features = parts[0] if isinstance(features, Tensor) else (parts[0], parts[1])
+        with torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()):
+            state = self.vision.run(self._start(pixels_nchw, route), *self.layers)
+            if self.adaptor is None:
+                return self.vision.pack(state)
+            features = self.vision.finish(state)
+            if route is not None:
+                features = _collect(features, route, own_tiles=int((tiles_wh.prod(dim=1) + 1).sum()))
         return self.adaptor(features, tiles_wh)
 
+    def _start(self, pixels_nchw: Tensor, route: TileRoute | None) -> VisionState:
+        if self.embeds:
+            return self.vision.embed(pixels_nchw if route is None else route.distribute(pixels_nchw))
+        assert self._received is not None
+        if not self.tower_trains:
+            no_gradient(self._received)
+        return self.vision.unpack(self._received.squeeze(1))
 
-def _parts(features: Features) -> tuple[Tensor, ...]:
-    return (features,) if isinstance(features, Tensor) else features
+
+def _collect(features: Features, route: TileRoute, own_tiles: int) -> Features:
+    """Features of the tiles that this rank encoded -> of its own."""
+    parts = (features,) if isinstance(features, Tensor) else features
+    rows_nf = route.collect(torch.cat([part.flatten(1) for part in parts], dim=1), own_tiles)
+    shapes = [part.shape[1:] for part in parts]
+    pieces = rows_nf.split([shape.numel() for shape in shapes], dim=1)
+    own = [rows.unflatten(1, tuple(shape)) for rows, shape in zip(pieces, shapes, strict=True)]
+    return own[0] if len(own) == 1 else (own[0], own[1])
 
 
 class LanguageChunk(MegatronModule):

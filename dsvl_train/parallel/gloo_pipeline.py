@@ -24,9 +24,9 @@ class GlooCommunicator(PipelineCommunicator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._under_way: list[tuple[dist.Work, Tensor]] = []
+        self._under_way: list[tuple[dist.Work | None, Tensor]] = []
 
-    def _communicate(
+    def _communicate(  # type: ignore[override]
         self,
         *,
         tensor_send_next: Tensor | None,
@@ -38,7 +38,7 @@ class GlooCommunicator(PipelineCommunicator):
     ) -> tuple[Tensor | None, Tensor | None, None]:
         if tensor_send_prev is not None and getattr(tensor_send_prev, "is_no_gradient", False):
             tensor_send_prev = tensor_send_prev.new_empty(0, 0, 0)
-        self._under_way = [(work, tensor) for work, tensor in self._under_way if not work.is_completed()]
+        self._under_way = [(work, tensor) for work, tensor in self._under_way if work is not None and not work.is_completed()]
         self._send(tensor_send_next, self.next_rank, _FORWARD)
         self._send(tensor_send_prev, self.prev_rank, _BACKWARD)
         from_prev = self._receive(self.prev_rank, _FORWARD) if recv_prev else None
@@ -47,7 +47,8 @@ class GlooCommunicator(PipelineCommunicator):
 
     def finish(self) -> None:
         for work, _ in self._under_way:
-            work.wait()
+            if work is not None:
+                work.wait()
         self._under_way.clear()
 
     def _send(self, tensor: Tensor | None, rank: int | None, tag: int) -> None:

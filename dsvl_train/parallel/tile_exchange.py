@@ -62,6 +62,11 @@ def _moves(tiles_r: Sequence[int], targets: Sequence[int]) -> Exchange:
     return tuple(tuple(row) for row in moves)
 
 
+def encoded_tiles(exchanges: Sequence[Exchange]) -> list[int]:
+    """Tiles that each rank encodes over all micro-batches."""
+    return [sum(row[rank] for exchange in exchanges for row in exchange) for rank in range(len(exchanges[0]))]
+
+
 @dataclass(frozen=True)
 class TileRoute:
     """The way of one micro-batch's tiles on this rank, there (`distribute`) and back (`collect`)."""
@@ -138,7 +143,8 @@ class _GatherShares(torch.autograd.Function):
         gathered = rows_nf.new_empty(len(shares) * most, *rows_nf.shape[1:])
         if most:
             dist.all_gather_into_tensor(gathered, padded, group=group)
-        return torch.cat([rows[:share] for rows, share in zip(gathered.split(most) if most else [gathered] * len(shares), shares, strict=True)])
+        gathered = gathered.unflatten(0, (len(shares), most))
+        return torch.cat([rows[:share] for rows, share in zip(gathered, shares, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

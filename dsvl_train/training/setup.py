@@ -48,6 +48,7 @@ def build_trainable(
             f"data.text_ratio={cfg.data.text_ratio:g} plans text steps, but stage.policy freezes the language model, so they would train "
             "nothing; set data.text_ratio=0 or unfreeze it"
         )
+    model.vision.tower_trains = _trains_up_to_here(model)
     if world.is_main:
         print(format_summary(summary(sizes, multipliers)), file=sys.stderr, flush=True)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
@@ -59,6 +60,14 @@ def build_trainable(
         for key, chunk in model.chunks.items()
     }
     return chunks, ModalityOptimiser(cfg.optim, chunks, by_chunk, world.params_dtype)
+
+
+def _trains_up_to_here(model: VisionLanguageModel) -> bool:
+    """Whether a parameter of the vision tower trains on this pipeline rank or an earlier one."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    trains = [False] * group.size()
+    dist.all_gather_object(trains, any(p.requires_grad for p in model.vision.vision.parameters()), group=group)
+    return any(trains[: group.rank() + 1])
 
 
 def _sizes_over_pipeline(mine: dict[str, int]) -> dict[str, int]:

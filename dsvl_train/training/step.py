@@ -27,7 +27,7 @@ from dsvl_train.data.batch import IGNORE_INDEX, MicroBatch, Modality, StepBatch
 from dsvl_train.models.vlm import VisionChunk, VisionLanguageModel
 from dsvl_train.parallel.pipeline import run_pipeline
 from dsvl_train.parallel.startup import World
-from dsvl_train.parallel.tile_exchange import TileRoute, plan_exchanges
+from dsvl_train.parallel.tile_exchange import TileRoute, encoded_tiles, plan_exchanges
 from dsvl_train.training.optimiser import ModalityOptimiser
 
 MOST_TILES = 18
@@ -71,6 +71,7 @@ class TrainStep:
         for chunk in model.chunks.values():
             chunk.config.finalize_model_grads_func = self._finalise_gradients
         self._modality: Modality = "text"
+        self._imbalance_encoded: float | None = None
         moe = cfg.model.language.moe
         self._moe_layers = range(0) if moe is None else range(moe.dense_layers, cfg.model.language.layers)
         self._no_load_e = torch.zeros(0 if moe is None else moe.routed_experts, dtype=torch.float64, device=world.device)
@@ -92,6 +93,7 @@ class TrainStep:
         return metrics | {
             "grad_norm": grad_norm,
             "lr": rates,
+            **({} if self._imbalance_encoded is None else {"tile_imbalance_encoded": self._imbalance_encoded}),
             "step_s": seconds,
             "tokens_per_s": counts.tokens / seconds,
             "tiles_per_s": counts.tiles / seconds,
@@ -131,6 +133,7 @@ class TrainStep:
 
     def _tile_routes(self, batch: StepBatch) -> list[TileRoute | None]:
         """How each micro-batch's tiles travel; None = every rank encodes what it has."""
+        self._imbalance_encoded = None
         parallel = self.cfg.parallel
         balance = parallel.tile_balance and self.world.dp_size > 1
         shard = parallel.vision_tp == "shard" and parallel.tp > 1
@@ -141,8 +144,10 @@ class TrainStep:
         mine = torch.tensor([micro.tiles for micro in batch.micro_batches], device=self.world.device)
         tiles_rm = [torch.empty_like(mine) for _ in range(self.world.dp_size)]
         dist.all_gather(tiles_rm, mine, group=parallel_state.get_data_parallel_group())
-        tiles_mr = torch.stack(tiles_rm, dim=1).tolist()
-        return [TileRoute(exchange, shard) for exchange in plan_exchanges(tiles_mr)]
+        exchanges = plan_exchanges(torch.stack(tiles_rm, dim=1).tolist())
+        encoded = encoded_tiles(exchanges)
+        self._imbalance_encoded = max(encoded) * len(encoded) / max(sum(encoded), 1)
+        return [TileRoute(exchange, shard) for exchange in exchanges]
 
     def _forward_step(
         self, micro_batches: Iterator[tuple[MicroBatch, TileRoute | None]], chunk: DistributedDataParallel, supervised_tokens: int
@@ -152,8 +157,9 @@ class TrainStep:
         if isinstance(chunk.module, VisionChunk):
             return self._encode(micro, route)[:, None], None
         visual_vh = None
-        encodes_here = self.model.vision.finishes and not self.model.division.spread and self._modality == "multimodal"
-        if encodes_here and chunk.module.pre_process:
+        encodes_here = self.model.vision.finishes and not self.model.division.spread and chunk.module.pre_process
+        others_come = route is not None and route.exchange is not None
+        if encodes_here and (micro.tiles or others_come):
             visual_vh = self._encode(micro, route)
         labels_t = self._to_device(micro.labels_t)
         out = chunk(
@@ -167,12 +173,14 @@ class TrainStep:
         return out, partial(self._loss, micro, labels_t, supervised_tokens)
 
     def _encode(self, micro: MicroBatch, route: TileRoute | None) -> Tensor:
-        """This rank's part of the encoder over the micro-batch's tiles, which may be none."""
-        if micro.pixels_nchw is None or micro.tiles_wh is None:
+        """This rank's part of the encoder over the micro-batch's tiles, which may be none; later pipeline ranks have no pixels."""
+        pixels_nchw, tiles_wh = micro.pixels_nchw, micro.tiles_wh
+        if pixels_nchw is None:
             side = self.model.vision.vision.image_size
-            no_pixels = torch.empty(0, 3, side, side, dtype=torch.uint8, device=self.world.device)
-            return self.chunks["vision"](no_pixels, torch.empty(0, 2, dtype=torch.int64), route)
-        return self.chunks["vision"](self._to_device(micro.pixels_nchw), micro.tiles_wh, route)
+            pixels_nchw = torch.empty(0, 3, side, side, dtype=torch.uint8)
+        if tiles_wh is None:
+            tiles_wh = torch.empty(0, 2, dtype=torch.int64)
+        return self.chunks["vision"](self._to_device(pixels_nchw), tiles_wh, route)
 
     def _loss(
         self, micro: MicroBatch, labels_t: Tensor, supervised_tokens: int, loss_t: Tensor
@@ -190,8 +198,8 @@ class TrainStep:
     def _finalise_gradients(self, chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
         """Sum gradients over data-parallel ranks for the chunks that this step ran, and update the experts' selection bias."""
         active = self._active_chunks()
-        if parallel_state.is_pipeline_first_stage():
-            active.reverse()  # Megatron looks for the embedding in the first chunk of the first rank, the encoder's there otherwise
+        if parallel_state.is_pipeline_first_stage() and self._modality == "multimodal":
+            active.append(active.pop(0))  # Megatron looks for the embedding in the first chunk of the first rank, so the encoder goes last
         finalize_model_grads(active, None, **kwargs)
 
     def _reduce_metrics(self, counts: BatchCounts) -> dict[str, Any]:
