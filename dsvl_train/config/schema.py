@@ -292,6 +292,9 @@ class ParallelConfig:
     """Expert parallel size; divides the processes over pp, expert tensor parallelism being 1."""
     cp: int = 1
     """Context parallel size."""
+    group: int | None = None
+    """Micro-batches that a pipeline rank runs through one chunk before it turns to the next; null = 4 * parallel.pp. Larger groups leave
+    less of the ranks' time idle where the encoder's chunk and the language model's differ in cost; smaller ones keep fewer activations."""
     vision_division: Literal["spread", "first_stage"] = "spread"
     """Where the vision encoder runs when pp > 1 (VL2 §4.2; VL §3.3)."""
     vision_tp: Literal["recompute", "shard"] = "recompute"

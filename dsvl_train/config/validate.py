@@ -380,8 +380,11 @@ def _check_pipeline(config: RunConfig, data_parallel: int) -> None:
     parallel, data, layers = config.parallel, config.data, config.model.language.layers
     if parallel.pp == 1:
         if parallel.vpp > 1:
-            raise ConfigError("parallel.vpp", "divides a pipeline's ranks, so it needs parallel.pp of 2 or more", value=parallel.vpp)
+            raise ConfigError(
+                "parallel.vpp", "divides a pipeline's ranks, so it needs parallel.pp of 2 or more", value=parallel.vpp, fix="parallel.vpp=1"
+            )
         return
+    _at_least(config, parallel.pp, "parallel.group")
     if parallel.pp * parallel.vpp > layers:
         raise ConfigError(
             "parallel.pp, parallel.vpp",

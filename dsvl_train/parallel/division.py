@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from dsvl_train.parallel.pipeline_simulation import group_size
+
 VisionDivision = Literal["spread", "first_stage"]
 
 
@@ -93,16 +95,22 @@ def whole(siglip_layers: int, sam_layers: int, language_layers: int) -> Division
     return Division(False, (range(siglip_layers),), (range(sam_layers),), ((range(language_layers),),))
 
 
-def predicted_time(chunk_costs: Sequence[Sequence[float]], micro_batches: int) -> float:
+def predicted_time(chunk_costs: Sequence[Sequence[float]], micro_batches: int, group: int | None = None) -> float:
     """Forward time of a step: its slowest rank is busy with every micro-batch, and waits while the pipeline fills and drains.
 
     With several chunks per rank the ranks work through chunk after chunk nearly side by side, so each chunk runs at the pace of its own
-    slowest rank; and the pipeline fills that much faster (Narayanan et al. 2021, §2.2). The backward pass scales it all.
+    slowest rank; and the pipeline fills that much faster (Narayanan et al. 2021, §2.2), if the chunks are alike. Where they are not, as an
+    encoder's beside a language model's, every turn from one chunk to another stalls the ranks behind; a turn comes after every `group`
+    micro-batches (see `pipeline_simulation.group_size`). The backward pass scales it all.
     """
     ranks, chunks = len(chunk_costs), len(chunk_costs[0])
-    slowest = sum(max(row[chunk] for row in chunk_costs) for chunk in range(chunks))
+    pace = [max(row[chunk] for row in chunk_costs) for chunk in range(chunks)]
     everything = sum(sum(row) for row in chunk_costs)
-    return micro_batches * slowest + (everything - everything / ranks) / chunks
+    fill = (everything - everything / ranks) / chunks
+    if chunks > 1:
+        turns = -(-micro_batches // group_size(ranks, micro_batches, group)) - 1
+        fill += (ranks - 1) * (max(pace) - sum(pace) / chunks + turns * (max(pace) - min(pace)) / 2)
+    return micro_batches * sum(pace) + fill
 
 
 def even_division(costs: LayerCosts, pp: int, vpp: int, kind: VisionDivision) -> Division:
@@ -117,7 +125,14 @@ def even_division(costs: LayerCosts, pp: int, vpp: int, kind: VisionDivision) ->
 
 
 def plan_division(
-    costs: LayerCosts, pp: int, vpp: int = 1, kind: VisionDivision = "spread", *, text_share: float = 0.5, micro_batches: int | None = None
+    costs: LayerCosts,
+    pp: int,
+    vpp: int = 1,
+    kind: VisionDivision = "spread",
+    *,
+    text_share: float = 0.5,
+    micro_batches: int | None = None,
+    group: int | None = None,
 ) -> Division:
     """The division with the least expected time of a step.
 
@@ -128,6 +143,7 @@ def plan_division(
         vpp: language chunks per rank.
         text_share: share of text steps in the run.
         micro_batches: of a step; default 4 per rank.
+        group: see `predicted_time`.
 
     Raises:
         ValueError: fewer language layers than chunks.
@@ -140,7 +156,7 @@ def plan_division(
     micro_batches = micro_batches or 4 * pp
 
     def expected(division: Division) -> float:
-        text, image = (predicted_time(division.chunk_costs(costs, images), micro_batches) for images in (False, True))
+        text, image = (predicted_time(division.chunk_costs(costs, images), micro_batches, group) for images in (False, True))
         return text_share * text + (1 - text_share) * image
 
     best = _fit_vision(even_division(costs, pp, vpp, kind), costs)
@@ -192,7 +208,7 @@ def _fit_vision(division: Division, costs: LayerCosts) -> Division:
         return division
     pp = division.pp
     language = [sum(division.language_cost(costs, rank, chunk) for chunk in range(division.vpp)) for rank in range(pp)]
-    low, high = 0.0, max(language) + costs.vision
+    low, high = 0.0, (max(language) + costs.vision) * (1 + 1e-9)
     fitted = _fill(costs, language, high)
     for _ in range(50):
         middle = (low + high) / 2

@@ -49,6 +49,7 @@ def run_pipeline(
     chunks: Sequence[torch.nn.Module],
     micro_batches: Iterable[Any],
     *,
+    group: int | None = None,
     forward_only: bool = False,
 ) -> list[Any]:
     """Forward (and backward) passes of all micro-batches through this rank's chunks.
@@ -56,6 +57,7 @@ def run_pipeline(
     Args:
         forward_step: what Megatron's schedules call per chunk and micro-batch.
         chunks: in the order of computation. More than one needs a pipeline of several ranks.
+        group: micro-batches through one chunk before the next; see `pipeline_simulation.group_size`.
 
     Returns what the loss function gave per micro-batch, on the last rank.
     """
@@ -76,7 +78,7 @@ def run_pipeline(
     if len(chunks) == 1:
         result = schedules.forward_backward_pipelining_without_interleaving(data_iterator=iter(batches), model=list(chunks), **common)
     else:
-        config.microbatch_group_size_per_vp_stage = group_size(pp, len(batches))
+        config.microbatch_group_size_per_vp_stage = group_size(pp, len(batches), group)
         iterators = [iter(batches) for _ in chunks]
         result = schedules.forward_backward_pipelining_with_interleaving(data_iterator=iterators, model=list(chunks), **common)
     communicator.finish()

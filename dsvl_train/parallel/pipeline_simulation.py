@@ -34,9 +34,9 @@ class Timeline:
         return 1.0 - sum(self.busy) / (len(self.busy) * self.makespan)
 
 
-def rank_order(pp: int, chunks: int, rank: int, micro_batches: int) -> list[Work]:
+def rank_order(pp: int, chunks: int, rank: int, micro_batches: int, wanted_group: int | None = None) -> list[Work]:
     """What a rank does, in order (1F1B; interleaved for more than one chunk, in groups of `group_size` micro-batches)."""
-    group = group_size(pp, micro_batches) if chunks > 1 else 1
+    group = group_size(pp, micro_batches, wanted_group) if chunks > 1 else 1
     forward = _table(chunks, micro_batches, group)
     backward = [(chunks - 1 - chunk, micro) for chunk, micro in forward]
     warm_up = pp - rank - 1 if chunks == 1 else 2 * (pp - rank - 1) + (chunks - 1) * group
@@ -47,12 +47,17 @@ def rank_order(pp: int, chunks: int, rank: int, micro_batches: int) -> list[Work
     return order + [Work("backward", *item) for item in backward[len(forward) - warm_up :]]
 
 
-def group_size(pp: int, micro_batches: int) -> int:
-    """Micro-batches that a rank runs through one chunk before it turns to the next: `pp`, or the next number whose remainder fits.
+def group_size(pp: int, micro_batches: int, wanted: int | None = None) -> int:
+    """Micro-batches that a rank runs through one chunk before it turns to the next: `wanted` (default 4 * pp), or the next that fits.
 
-    Megatron asks that the last, smaller group be empty or at least `pp` micro-batches.
+    With Megatron's own default, pp, the ranks would idle more on image steps than without spreading the encoder (simulated for the
+    released models), since its chunk and the language model's differ in cost and every turn stalls the ranks behind. Megatron asks that
+    the last, smaller group be empty or at least pp micro-batches.
+
+    Raises:
+        ValueError: fewer micro-batches than pipeline ranks.
     """
-    for size in range(pp, micro_batches + 1):
+    for size in range(max(min(wanted or 4 * pp, micro_batches), pp), micro_batches + 1):
         rest = micro_batches % size
         if rest == 0 or rest >= pp:
             return size
@@ -62,15 +67,18 @@ def group_size(pp: int, micro_batches: int) -> int:
     )
 
 
-def simulate(chunk_costs: Sequence[Sequence[float]], micro_batches: int, backward_ratio: float = 2.0) -> Timeline:
+def simulate(
+    chunk_costs: Sequence[Sequence[float]], micro_batches: int, backward_ratio: float = 2.0, wanted_group: int | None = None
+) -> Timeline:
     """Run a step's pipeline.
 
     Args:
         chunk_costs: [rank][chunk], the forward cost of a micro-batch.
         backward_ratio: cost of a backward pass over that of its forward pass (3 with full recomputation).
+        wanted_group: see `group_size`.
     """
     pp, chunks = len(chunk_costs), len(chunk_costs[0])
-    todo = [rank_order(pp, chunks, rank, micro_batches) for rank in range(pp)]
+    todo = [rank_order(pp, chunks, rank, micro_batches, wanted_group) for rank in range(pp)]
     place, clock, busy = [0] * pp, [0.0] * pp, [0.0] * pp
     done: dict[tuple[int, Work], float] = {}
     while any(place[rank] < len(todo[rank]) for rank in range(pp)):

@@ -27,7 +27,7 @@ def choose_division(cfg: RunConfig) -> Division | None:
         return None
     tokens = data.micro_batch_size * data.seq_len
     costs = layer_costs(cfg.model, tokens, usual_tiles(cfg.model, tokens))
-    return plan_division(costs, parallel.pp, parallel.vpp, parallel.vision_division, text_share=data.text_ratio)
+    return plan_division(costs, parallel.pp, parallel.vpp, parallel.vision_division, text_share=data.text_ratio, group=parallel.group)
 
 
 def build_trainable(

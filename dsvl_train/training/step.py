@@ -27,7 +27,8 @@ from dsvl_train.data.batch import IGNORE_INDEX, MicroBatch, Modality, StepBatch
 from dsvl_train.models.vlm import VisionChunk, VisionLanguageModel
 from dsvl_train.parallel.pipeline import run_pipeline
 from dsvl_train.parallel.startup import World
-from dsvl_train.parallel.tile_exchange import TileRoute, encoded_tiles, plan_exchanges
+from dsvl_train.parallel.tile_exchange import TileRoute
+from dsvl_train.parallel.tile_plan import encoded_tiles, plan_exchanges
 from dsvl_train.training.optimiser import ModalityOptimiser
 
 MOST_TILES = 18
@@ -129,7 +130,7 @@ class TrainStep:
         self.optimiser.zero_grad(batch.modality)
         forward_step = partial(self._forward_step, supervised_tokens=max(counts.supervised_tokens, 1))
         routed = list(zip(batch.micro_batches, self._tile_routes(batch), strict=True))
-        run_pipeline(forward_step, self._pipeline_chunks(), routed)
+        run_pipeline(forward_step, self._pipeline_chunks(), routed, group=self.cfg.parallel.group)
 
     def _tile_routes(self, batch: StepBatch) -> list[TileRoute | None]:
         """How each micro-batch's tiles travel; None = every rank encodes what it has."""
