@@ -222,7 +222,6 @@ def broken_shard(data: Path, tmp_path: Path) -> list[str]:
         ("missing folder", 1, ["data.sources.pretrain.path", "nowhere"]),
         ("broken shard", 1, ["data.sources.pretrain.path", "damaged", ".tar"]),
         ("impossible layout", 2, ["parallel.tp", "3", "heads"]),
-        ("too long a pipeline", 2, ["parallel.pp", "language", "layers"]),
     ],
 )
 def test_a_mistake_gives_one_clear_error(data: Path, tmp_path: Path, case: str, code: int, words: list[str], ranks: int) -> None:
@@ -232,7 +231,6 @@ def test_a_mistake_gives_one_clear_error(data: Path, tmp_path: Path, case: str, 
         "missing folder": lambda: [f"data.sources.pretrain.path={tmp_path}/nowhere"],
         "broken shard": lambda: broken_shard(data, tmp_path),
         "impossible layout": lambda: ["parallel.tp=3"],
-        "too long a pipeline": lambda: ["parallel.pp=5"],
     }[case]()
     done = train(overrides(data, tmp_path / "run", *extra), ranks=ranks)
     assert done.returncode == code, done.stderr
