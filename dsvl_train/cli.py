@@ -109,9 +109,10 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("data", help="prepare and check data")
     actions = parser.add_subparsers(dest="action", required=True)
     index = actions.add_parser("index", help="measure every sample of shards, so that batches can be planned before they are read")
-    index.add_argument("shards", help="a folder of .tar files, a glob, or a brace pattern")
+    index.add_argument("shards", help="a folder of .tar files, a glob, or a brace pattern; a path or a URL (s3://, https://)")
     index.add_argument("--processor", required=True, help="folder of tokenizer.json and processor_config.json")
     index.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    index.add_argument("--index-dir", help="folder for the index (data.index_dir); default: beside the shards")
     index.set_defaults(run=_data_index)
 
 
@@ -121,7 +122,14 @@ def _data_index(arguments: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     processor = Processor.from_folder(arguments.processor)
-    index = open_index(arguments.shards, processor, setting="SHARDS", processor_folder=arguments.processor, workers=arguments.workers)
+    index = open_index(
+        arguments.shards,
+        processor,
+        setting="SHARDS",
+        processor_folder=arguments.processor,
+        workers=arguments.workers,
+        index_dir=arguments.index_dir,
+    )
     print(f"{len(index)} samples, {len(index.skipped)} skipped")
     for skipped in index.skipped[:20]:
         print(f"skipped {skipped.shard} {skipped.key}: {skipped.kind}: {skipped.reason}")

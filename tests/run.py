@@ -1,4 +1,7 @@
-"""ruff, then all tests, the multi-process ones last; the last line counts the tests. `--quick` leaves the multi-process ones out."""
+"""ruff, then all tests, the multi-process ones last; the last line counts the tests.
+
+`--quick` leaves the multi-process ones out; `--full` adds those marked `full`, which take long.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _TESTS_FAILED, _NO_TESTS_COLLECTED = 1, 5
 
 
 def main(arguments: list[str]) -> int:
-    """Run the parts; 0 if nothing failed. Arguments other than --quick go to pytest."""
+    """Run the parts; 0 if nothing failed. Arguments other than --quick and --full go to pytest."""
     totals = {"passed": 0, "failed": 0, "skipped": 0}
     print("== ruff", flush=True)
     ruff_ok = subprocess.run([sys.executable, "-m", "ruff", "check", "--output-format=concise", "."], cwd=ROOT, check=False).returncode == 0
@@ -28,7 +31,9 @@ def main(arguments: list[str]) -> int:
         print(f"\n== {name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            rest = [argument for argument in arguments if argument != "--quick"]
+            rest = [argument for argument in arguments if argument not in ("--quick", "--full")]
+            if "--full" not in arguments:
+                rest += ["-m", "not full"]
             command = [sys.executable, "-m", "pytest", *selection, f"--junitxml={report}", "-q", *rest]
             code = subprocess.run(command, cwd=ROOT, check=False).returncode
             ok &= code in (0, _NO_TESTS_COLLECTED)

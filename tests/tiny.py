@@ -34,7 +34,7 @@ SOURCES = ["first", "second"]
 
 
 def tiny_model(family: str, *, sigmoid: bool = True, mla: bool = True) -> ModelConfig:
-    siglip = SiglipConfig(image_size=32, patch_size=8, width=32, layers=2, heads=2, gelu="tanh" if family == "vl2" else "erf")
+    siglip = SiglipConfig(image_size=32, patch_size=8, width=32, layers=4, heads=2, gelu="tanh" if family == "vl2" else "erf")
     if family == "vl2":
         moe = MoeConfig(
             routed_experts=4,
@@ -50,7 +50,7 @@ def tiny_model(family: str, *, sigmoid: bool = True, mla: bool = True) -> ModelC
             vocab_size=VOCAB,
             hidden_size=48,
             ffn_width=64,
-            layers=3,
+            layers=6,
             heads=4,
             init_std=0.1,
             moe=moe,
@@ -61,15 +61,15 @@ def tiny_model(family: str, *, sigmoid: bool = True, mla: bool = True) -> ModelC
         image_size=64,
         patch_size=8,
         width=32,
-        layers=2,
+        layers=4,
         heads=2,
         window=3,
-        global_layers=[1],
+        global_layers=[1, 3],
         neck_width=16,
         interpolate_to=16,
         downsample_widths=[24, 32],
     )
-    language = LanguageConfig(vocab_size=VOCAB, hidden_size=48, ffn_width=64, layers=3, heads=4, init_std=0.1)
+    language = LanguageConfig(vocab_size=VOCAB, hidden_size=48, ffn_width=64, layers=6, heads=4, init_std=0.1)
     return ModelConfig("tiny_vl", "vl", VisionConfig(siglip, sam), AdaptorConfig("hybrid"), language)
 
 
@@ -99,6 +99,32 @@ def tiny_batch(model: ModelConfig, step: int, modality: Modality, dp_rank: int =
     return StepBatch(
         step, modality, share, text_share=0.5, text_share_target=0.5, text_ratio=0.5, pack_fill=1.0, tiles_per_rank=[3] * dp_size
     )
+
+
+def image_batch(model: ModelConfig, tiles: list[int], seed: int) -> StepBatch:
+    """A VL2 image step of one sample per micro-batch, each with one image of so many tiles (the thumbnail among them)."""
+    generator = torch.Generator().manual_seed(seed)
+    micro_batches = []
+    side, image = model.vision.siglip.grid // 2, model.vision.siglip.image_size
+    for count in tiles:
+        wide = count - 1  # 0: the tile alone, as the blank one of a sample without image
+        visual = side * (side + 1) + 1 + side * (side * wide + 1) if wide else 0
+        total = visual + 8
+        image_mask_t = torch.zeros(total, dtype=torch.bool)
+        image_mask_t[2 : 2 + visual] = True
+        micro_batches.append(
+            MicroBatch(
+                tokens_t=torch.randint(0, VOCAB, (total,), generator=generator),
+                labels_t=torch.randint(0, VOCAB, (total,), generator=generator).masked_fill(image_mask_t, IGNORE_INDEX),
+                cu_seqlens=torch.tensor([0, total], dtype=torch.int32),
+                image_mask_t=image_mask_t,
+                padding_t=torch.zeros(total, dtype=torch.bool),
+                source_s=torch.tensor([0]),
+                pixels_nchw=torch.randint(0, 256, (count, 3, image, image), generator=generator, dtype=torch.uint8),
+                tiles_wh=torch.tensor([[wide, 1]]),
+            )
+        )
+    return StepBatch(1, "multimodal", micro_batches, text_share=0.0, text_share_target=0.0, text_ratio=0.0, pack_fill=1.0)
 
 
 def _micro_batch(model: ModelConfig, modality: Modality, index: int, generator: torch.Generator) -> MicroBatch:

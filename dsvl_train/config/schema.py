@@ -212,7 +212,7 @@ class SourceConfig:
     kind: Literal["shards", "text"]
     """shards: webdataset tars of samples. text: Megatron .bin/.idx of tokenised documents."""
     path: str
-    """shards: a brace pattern, glob or folder of tars. text: the .bin/.idx prefix."""
+    """shards: a brace pattern, glob or folder of tars, on this machine or behind a URL (s3://, https://, …). text: the .bin/.idx prefix."""
     modality: Literal["multimodal", "text"]
     """Which steps draw from it; a sample with images must be in a multimodal source."""
     weight: float = 1.0
@@ -248,12 +248,29 @@ class DataConfig:
     """Local tiles of one image at most (VL2: m * n <= 9)."""
     tiling_image_limit: int = 2
     """Samples with more images than this are not tiled (VL2 §2)."""
+    decode: Literal["exact", "fast"] = "exact"
+    """exact: pixels bit for bit as the released processor's. fast: about three times as fast, no value more than 2 of 255 off."""
     window: int = 1024
     """Samples that packing looks over at once."""
     workers: int = 1
-    """Threads that read and decode ahead; 0 reads in the training thread. Never changes the batches."""
+    """Threads that read and decode ahead; 0 reads in the training thread. Never changes the batches. Behind a latency, samples of a step
+    times latency over the time of a step is the least that keeps up."""
     prefetch_steps: int = 2
     """Global batches prepared ahead at most."""
+    prefetch_gb: float = 4.0
+    """No further batch is begun while those prepared ahead hold this many gigabytes of tiles on a rank; one is begun in any case."""
+    stall_s: float = 300.0
+    """Seconds after which a batch that is not ready stops the run, with the names of the samples that are being read."""
+    index_dir: str | None = None
+    """Folder for indexes, seen by all ranks; null = beside the shards. Remote shards need one."""
+    cache_dir: str | None = None
+    """Folder on a local disk for blocks of remote shards, shared by all processes of a machine; null = nothing is kept."""
+    cache_gb: float = 20.0
+    """Gigabytes that cache_dir grows to; the blocks used least recently go first."""
+    read_retries: int = 4
+    """Repetitions of a failed request to remote shards, with growing pauses."""
+    unreachable: Literal["stop", "skip"] = "stop"
+    """A remote shard that cannot be read then: stop the run, or skip: a bad sample, counted as such."""
     max_bad_fraction: float = 0.01
     """Stop the run when more than this share of the samples seen was bad (and more than 10 were)."""
     max_image_pixels: int = 178_956_970
@@ -275,6 +292,9 @@ class ParallelConfig:
     """Expert parallel size; divides the processes over pp, expert tensor parallelism being 1."""
     cp: int = 1
     """Context parallel size."""
+    group: int | None = None
+    """Micro-batches that a pipeline rank runs through one chunk before it turns to the next; null = 4 * parallel.pp. Larger groups leave
+    less of the ranks' time idle where the encoder's chunk and the language model's differ in cost; smaller ones keep fewer activations."""
     vision_division: Literal["spread", "first_stage"] = "spread"
     """Where the vision encoder runs when pp > 1 (VL2 §4.2; VL §3.3)."""
     vision_tp: Literal["recompute", "shard"] = "recompute"

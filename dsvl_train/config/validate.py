@@ -12,11 +12,7 @@ from .errors import ConfigError
 from .schema import VOCAB_MULTIPLE, DataConfig, LanguageConfig, MlaConfig, ModelConfig, MoeConfig, RunConfig, SamConfig, SiglipConfig
 
 NOT_AVAILABLE: list[tuple[str, Callable[[RunConfig], object], object]] = [
-    ("parallel.pp", lambda c: c.parallel.pp, 1),
-    ("parallel.vpp", lambda c: c.parallel.vpp, 1),
     ("parallel.cp", lambda c: c.parallel.cp, 1),
-    ("parallel.vision_tp", lambda c: c.parallel.vision_tp, "recompute"),
-    ("parallel.tile_balance", lambda c: c.parallel.tile_balance, False),
     ("engine", lambda c: c.engine.name, "megatron"),
 ]
 """Settings whose other values are not built yet: key, how to read it, the only value that works. Delete a line when its feature arrives."""
@@ -246,7 +242,18 @@ def _check_data(config: RunConfig) -> None:
     data = config.data
     _at_least(config, 1, "data.seq_len", "data.batch_size", "data.micro_batch_size", "data.max_tiles", "data.window")
     _at_least(config, 1, "data.prefetch_steps", "data.max_image_pixels")
-    _at_least(config, 0, "data.text_warmup_steps", "data.tiling_image_limit", "data.workers")
+    _at_least(
+        config,
+        0,
+        "data.text_warmup_steps",
+        "data.tiling_image_limit",
+        "data.workers",
+        "data.cache_gb",
+        "data.read_retries",
+        "data.prefetch_gb",
+    )
+    if data.stall_s <= 0:
+        raise ConfigError("data.stall_s", "must be above 0", value=data.stall_s, fix="data.stall_s=300")
     _fraction("data.text_ratio", data.text_ratio)
     _fraction("data.text_ratio_start", data.text_ratio_start)
     _fraction("data.max_bad_fraction", data.max_bad_fraction)
@@ -366,6 +373,35 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
         fix = f"start a multiple of {parallel.ep * parallel.pp} processes, or parallel.ep=1"
         raise ConfigError("parallel.ep, processes / parallel.pp", rule, value=value, fix=fix)
     _check_batch(data, world_size // model_parallel)
+    _check_pipeline(config, world_size // model_parallel)
+
+
+def _check_pipeline(config: RunConfig, data_parallel: int) -> None:
+    parallel, data, layers = config.parallel, config.data, config.model.language.layers
+    if parallel.pp == 1:
+        if parallel.vpp > 1:
+            raise ConfigError(
+                "parallel.vpp", "divides a pipeline's ranks, so it needs parallel.pp of 2 or more", value=parallel.vpp, fix="parallel.vpp=1"
+            )
+        return
+    _at_least(config, parallel.pp, "parallel.group")
+    if parallel.pp * parallel.vpp > layers:
+        raise ConfigError(
+            "parallel.pp, parallel.vpp",
+            f"their product, the number of language chunks, must be at most model.language.layers ({layers})",
+            value=f"{parallel.pp}, {parallel.vpp}",
+            fix=f"parallel.vpp={max(layers // parallel.pp, 1)}" if parallel.pp <= layers else f"parallel.pp={layers}",
+        )
+    micro_batches = data.batch_size // (data_parallel * data.micro_batch_size)
+    several_chunks = parallel.vpp > 1 or (parallel.vision_division == "spread" and data.text_ratio < 1)
+    if several_chunks and micro_batches < parallel.pp:
+        raise ConfigError(
+            "data.batch_size, parallel.pp",
+            "a pipeline of several chunks per rank needs at least parallel.pp micro-batches per data-parallel rank, "
+            f"data.batch_size / (data.micro_batch_size * {data_parallel})",
+            value=f"{data.batch_size} / ({data.micro_batch_size} * {data_parallel}) = {micro_batches}, {parallel.pp}",
+            fix=f"data.batch_size={data_parallel * data.micro_batch_size * parallel.pp}, or a smaller data.micro_batch_size",
+        )
 
 
 def _check_batch(data: DataConfig, data_parallel: int) -> None:

@@ -34,7 +34,13 @@ def placeholder(tokens: int, pad_id: int) -> SampleArrays:
 
 
 def lay_out(
-    samples: Sequence[SampleArrays], bad: Sequence[bool], sources: Sequence[int], modality: Modality, image_size: int
+    samples: Sequence[SampleArrays],
+    bad: Sequence[bool],
+    sources: Sequence[int],
+    modality: Modality,
+    image_size: int,
+    *,
+    pin_memory: bool = False,
 ) -> MicroBatch:
     """Samples end to end.
 
@@ -42,6 +48,7 @@ def lay_out(
         bad: for each sample, whether it is a placeholder.
         sources: for each sample, its source's place in data.sources.
         image_size: side of a tile, pixels: a multimodal micro-batch without images has pixels of shape [0, 3, side, side].
+        pin_memory: put the pixels into pages that a GPU copies from while the host goes on.
     """
     lengths = [len(sample.tokens_t) for sample in samples]
     pixels = [sample.pixels_nchw for sample in samples if sample.pixels_nchw is not None]
@@ -54,6 +61,15 @@ def lay_out(
         image_mask_t=torch.from_numpy(np.concatenate([sample.image_mask_t for sample in samples])),
         padding_t=torch.from_numpy(np.repeat(np.asarray(bad, dtype=bool), lengths)),
         source_s=torch.from_numpy(np.asarray(sources, dtype=np.int64)),
-        pixels_nchw=torch.from_numpy(np.concatenate([np.empty((0, 3, image_size, image_size), np.uint8), *pixels])) if multimodal else None,
+        pixels_nchw=_join_pixels(pixels, image_size, pin_memory) if multimodal else None,
         tiles_wh=torch.from_numpy(np.concatenate([np.empty((0, 2), np.int64), *tiles])) if multimodal else None,
     )
+
+
+def _join_pixels(pixels: Sequence[NDArray[np.uint8]], image_size: int, pin_memory: bool) -> torch.Tensor:
+    """All samples' tiles in one tensor: one copy, straight into pinned pages where those are wanted."""
+    tiles = sum(len(of_sample) for of_sample in pixels)
+    joined_nchw = torch.empty((tiles, 3, image_size, image_size), dtype=torch.uint8, pin_memory=pin_memory)
+    if pixels:
+        np.concatenate(pixels, out=joined_nchw.numpy())
+    return joined_nchw

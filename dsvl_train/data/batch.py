@@ -33,14 +33,15 @@ class MicroBatch:
     source_s: Tensor
     """int64 [s]: index of each sample's source in the order of data.sources."""
     pixels_nchw: Tensor | None
-    """uint8 [n, 3, H, W], tiles in order (VL2: per image the thumbnail, then local tiles row by row); None in a text step."""
+    """uint8 [n, 3, H, W], tiles in order (VL2: per image the thumbnail, then local tiles row by row); None in a text step, and on ranks
+    that need no pixels."""
     tiles_wh: Tensor | None
     """int64 [i, 2]: local tiles (wide, high) per image; VL has (0, 0): one tile and no grid."""
 
     @property
     def tiles(self) -> int:
-        """Tiles to encode."""
-        return 0 if self.pixels_nchw is None else int(self.pixels_nchw.shape[0])
+        """Tiles to encode, known without the pixels: per image the local ones and the thumbnail; VL's (0, 0) is its one tile."""
+        return 0 if self.tiles_wh is None else int((self.tiles_wh.prod(dim=1) + 1).sum())
 
 
 @dataclass

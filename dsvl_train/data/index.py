@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from dsvl_train.data.order import Ints
 from dsvl_train.data.processor import Processor
 from dsvl_train.data.sample import find_images, parse_sample
 from dsvl_train.data.shards import MemberGroup, ShardReader, expand_shards, group_members, scan_tar
+from dsvl_train.data.storage import RemoteFiles, is_remote, local_path
 from dsvl_train.data.tiling import open_image
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,11 @@ log = logging.getLogger(__name__)
 VERSION = 1
 _HEADER_BYTES = 65_536
 """An image's size nearly always lies within this many first bytes."""
+_STAT_THREADS = 32
+"""Asking a remote file for its size is all waiting."""
+
+Shard = Path | str
+"""A file of this machine, or a URL."""
 
 Progress = Callable[[int, int], None]
 """Called with (shards done, shards)."""
@@ -68,13 +75,13 @@ class DamagedShard:
 class ShardIndex:
     """The index of a set of shards. n = samples, m = members."""
 
-    folder: Path
-    """Of the shards' names."""
+    folder: Path | str
+    """Of the shards' names; a str is a URL."""
     shards: list[str]
     shard_bytes: Ints
     """[shards]"""
     shard_mtime_ns: Ints
-    """[shards]"""
+    """[shards]; for URLs `RemoteStat.version`."""
     fingerprint: str
     """Of the processor that measured."""
     shard_n: NDArray[np.int32]
@@ -109,7 +116,7 @@ class ShardIndex:
         shard = int(self.shard_n[sample])
         first, end = int(self.first_member_n[sample]), int(self.first_member_n[sample + 1])
         spans = list(zip(self.offset_m[first:end].tolist(), self.size_m[first:end].tolist(), strict=True))
-        text, *images = reader.read(str(self.folder / self.shards[shard]), spans, int(self.shard_bytes[shard]))
+        text, *images = reader.read(f"{self.folder}/{self.shards[shard]}", spans, int(self.shard_bytes[shard]))
         if zlib.crc32(text) != int(self.crc_n[sample]):
             raise SampleError("unreadable", f"{self.where(sample)}: its bytes changed since it was indexed")
         return text, images
@@ -147,18 +154,25 @@ class _ShardPart:
     damaged: DamagedShard | None = None
 
 
-def build_index(shards: Sequence[Path], processor: Processor, *, workers: int = 1, progress: Progress | None = None) -> ShardIndex:
+def build_index(
+    shards: Sequence[Shard],
+    processor: Processor,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+    remote: RemoteFiles | None = None,
+) -> ShardIndex:
     """Measure every sample of some shards (all in one folder or below it), shards in parallel.
 
     Raises:
         OSError: a shard cannot be opened at all.
     """
     folder = _common_folder(shards)
-    names = [str(shard.relative_to(folder)) for shard in shards]
-    stats = [shard.stat() for shard in shards]
+    names = _names(shards, folder)
     progress = progress or _log_progress(folder)
-    reader = ShardReader()
+    reader = ShardReader(remote=remote)
     with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="index") as pool:
+        stats = list(pool.map(partial(_stat, remote=reader.remote), shards))
         waiting = [pool.submit(_index_shard, shard, name, processor, reader) for shard, name in zip(shards, names, strict=True)]
         parts = []
         try:
@@ -176,8 +190,8 @@ def build_index(shards: Sequence[Path], processor: Processor, *, workers: int = 
     return ShardIndex(
         folder=folder,
         shards=names,
-        shard_bytes=np.asarray([stat.st_size for stat in stats], dtype=np.int64),
-        shard_mtime_ns=np.asarray([stat.st_mtime_ns for stat in stats], dtype=np.int64),
+        shard_bytes=np.asarray([size for size, _ in stats], dtype=np.int64),
+        shard_mtime_ns=np.asarray([version for _, version in stats], dtype=np.int64),
         fingerprint=processor.fingerprint(),
         shard_n=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.rows) for part in parts]),
         first_member_n=np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))]).astype(np.int64),
@@ -193,7 +207,10 @@ def build_index(shards: Sequence[Path], processor: Processor, *, workers: int = 
     )
 
 
-def _index_shard(path: Path, name: str, processor: Processor, reader: ShardReader) -> _ShardPart:
+def _index_shard(path: Shard, name: str, processor: Processor, reader: ShardReader) -> _ShardPart:
+    if isinstance(path, str):
+        with reader.remote.local_copy(path) as copy:  # all of it is needed, once: in one piece
+            return _index_shard(Path(copy), name, processor, ShardReader(max_open=0))
     scan = scan_tar(path)
     part = _ShardPart()
     groups = list(group_members(scan.members))
@@ -248,11 +265,30 @@ def _image_size(path: str, size: int, span: tuple[int, int], max_pixels: int, re
     return open_image(whole, max_pixels).size
 
 
-def _common_folder(shards: Sequence[Path]) -> Path:
-    return Path(os.path.commonpath([shard.absolute().parent for shard in shards])) if shards else Path()
+def _common_folder(shards: Sequence[Shard]) -> Path | str:
+    urls = [shard for shard in shards if isinstance(shard, str)]
+    if urls:
+        protocol = urls[0].partition("://")[0]
+        return f"{protocol}://{os.path.commonpath([url.partition('://')[2].rpartition('/')[0] for url in urls])}"
+    parents = [shard.absolute().parent for shard in shards if isinstance(shard, Path)]
+    return Path(os.path.commonpath(parents)) if parents else Path()
 
 
-def _log_progress(folder: Path) -> Progress:
+def _names(shards: Sequence[Shard], folder: Path | str) -> list[str]:
+    """Of the shards within their common folder."""
+    return [shard[len(str(folder)) + 1 :] if isinstance(shard, str) else str(shard.absolute().relative_to(folder)) for shard in shards]
+
+
+def _stat(shard: Shard, remote: RemoteFiles) -> tuple[int, int]:
+    """(bytes, a number that changes with the content)."""
+    if isinstance(shard, str):
+        found = remote.stat(shard)
+        return found.size, found.version
+    stat = shard.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _log_progress(folder: Path | str) -> Progress:
     """A line in the log every few seconds, and one at the end of anything that took long."""
     start = last = time.monotonic()
 
@@ -269,11 +305,15 @@ def _log_progress(folder: Path) -> Progress:
 # ----------------------------------------------------------------------------------------------------------------- on disk
 
 
-def index_path(shards: Sequence[Path], fingerprint: str) -> Path:
-    """Where the index of these shards for this processor lies: beside them."""
+def index_path(shards: Sequence[Shard], fingerprint: str, index_dir: str | None = None) -> Path:
+    """Where the index of these shards for this processor lies: beside them, or in `index_dir`, where their folder is part of its name."""
     folder = _common_folder(shards)
-    names = "\n".join(str(shard.absolute().relative_to(folder)) for shard in shards)
-    return folder / f"index-{fingerprint[:12]}-{hashlib.sha256(names.encode()).hexdigest()[:8]}.npz"
+    names = "\n".join(_names(shards, folder))
+    if index_dir is not None:
+        names = f"{folder}\n{names}"
+    return (
+        Path(folder if index_dir is None else index_dir) / f"index-{fingerprint[:12]}-{hashlib.sha256(names.encode()).hexdigest()[:8]}.npz"
+    )
 
 
 def save_index(index: ShardIndex, path: Path) -> None:
@@ -281,6 +321,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
     about = {
         "version": VERSION,
         "fingerprint": index.fingerprint,
+        "folder": str(index.folder) if isinstance(index.folder, str) else None,
         "shards": index.shards,
         "skipped": [asdict(skipped) for skipped in index.skipped],
         "damaged": [asdict(damaged) for damaged in index.damaged],
@@ -296,8 +337,11 @@ def save_index(index: ShardIndex, path: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def load_index(path: Path) -> ShardIndex:
+def load_index(path: Path, folder: Path | None = None) -> ShardIndex:
     """Read an index.
+
+    Args:
+        folder: of the shards, where the index does not lie beside them; URLs it knows itself.
 
     Raises:
         FileNotFoundError: there is none.
@@ -310,7 +354,7 @@ def load_index(path: Path) -> ShardIndex:
         if about["version"] != VERSION:
             raise ValueError(f"version {about['version']}; this code reads {VERSION}")
         index = ShardIndex(
-            folder=path.absolute().parent,
+            folder=folder or about.get("folder") or path.absolute().parent,
             shards=about["shards"],
             fingerprint=about["fingerprint"],
             skipped=[SkippedSample(**skipped) for skipped in about["skipped"]],
@@ -324,37 +368,60 @@ def load_index(path: Path) -> ShardIndex:
     return index
 
 
-def stale_reason(index: ShardIndex, shards: Sequence[Path], fingerprint: str) -> str | None:
+def stale_reason(index: ShardIndex, shards: Sequence[Shard], fingerprint: str, remote: RemoteFiles | None = None) -> str | None:
     """Why an index does not describe these shards as they are now; None when it does."""
     if index.fingerprint != fingerprint:
         return "it was made with another processor (tokenizer, template, tiling or mask settings)"
-    names = [str(shard.absolute().relative_to(index.folder)) for shard in shards]
+    names = _names(shards, index.folder)
     if names != index.shards:
         return f"it describes {len(index.shards)} shards; there are {len(names)}, or their names differ"
-    for name, shard, size, mtime in zip(names, shards, index.shard_bytes.tolist(), index.shard_mtime_ns.tolist(), strict=True):
-        stat = shard.stat()
-        if (stat.st_size, stat.st_mtime_ns) != (size, mtime):
-            return f"{name} changed after it was made"
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        found = pool.map(partial(_stat, remote=remote or RemoteFiles()), shards)
+        for name, now, size, version in zip(names, found, index.shard_bytes.tolist(), index.shard_mtime_ns.tolist(), strict=True):
+            if now != (size, version):
+                return f"{name} changed after it was made"
     return None
 
 
 def open_index(
-    pattern: str, processor: Processor, *, setting: str, processor_folder: str, build: bool = True, workers: int = 1
+    pattern: str,
+    processor: Processor,
+    *,
+    setting: str,
+    processor_folder: str,
+    build: bool = True,
+    workers: int = 1,
+    index_dir: str | None = None,
+    remote: RemoteFiles | None = None,
 ) -> ShardIndex:
     """The index of a folder, glob or brace pattern of shards: loaded if it is fresh, else built and stored (one process only must build).
 
     Args:
         setting: name of the setting that holds the pattern, for errors.
         build: False = never build.
+        index_dir: where indexes lie; None = beside the shards, which URLs cannot have.
+        remote: reads URLs.
 
     Raises:
         FileNotFoundError: no shards, or no fresh index and `build` is False; names the setting and the command to run.
+        ValueError: URLs without `index_dir`.
+        Unreachable: a URL cannot be read.
     """
-    shards = [shard.absolute() for shard in expand_shards(pattern, setting)]
-    path = index_path(shards, processor.fingerprint())
+    remote = remote or RemoteFiles()
+    shards: list[Shard]
+    if is_remote(pattern):
+        if index_dir is None:
+            raise ValueError(
+                f"{setting}={pattern}: an index cannot lie beside remote shards; set data.index_dir to a folder that all ranks see"
+            )
+        shards = list(remote.expand(pattern, setting))
+    else:
+        shards = [shard.absolute() for shard in expand_shards(local_path(pattern), setting)]
+    path = index_path(shards, processor.fingerprint(), index_dir)
+    folder = _common_folder(shards)
     try:
-        index = load_index(path)
-        reason = stale_reason(index, shards, processor.fingerprint())
+        index = load_index(path, folder if isinstance(folder, Path) else None)
+        reason = stale_reason(index, shards, processor.fingerprint(), remote)
         if reason is None:
             return index
     except FileNotFoundError:
@@ -364,11 +431,13 @@ def open_index(
     if not build:
         raise FileNotFoundError(
             f"{setting}={pattern}: no index to use ({reason}); run: dsvl data index {pattern} --processor {processor_folder}"
+            + (f" --index-dir {index_dir}" if index_dir else "")
         )
     log.info("%s=%s: indexing %d shards (%s)", setting, pattern, len(shards), reason)
-    index = build_index(shards, processor, workers=workers)
+    index = build_index(shards, processor, workers=workers, remote=remote)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_index(index, path)
     except OSError as error:
-        log.warning("%s=%s: the index could not be stored beside the shards (%s); it is kept in memory only", setting, pattern, error)
+        log.warning("%s=%s: the index could not be stored at %s (%s); it is kept in memory only", setting, pattern, path, error)
     return index

@@ -1,18 +1,24 @@
 """The loader: carries out the plan.
 
     planner -> global batch -> this rank's micro-batches -> threads read, decode, tile -> micro-batches in their planned order
+                                                            (one rank of several peers reads, and hands over: `sharing.py`)
 
 What is planned never depends on what is read: a sample that fails leaves masked padding of its planned length, so the plan holds on every
-rank. Threads only decide when a micro-batch is ready, never what is in it.
+rank. Threads only decide when a micro-batch is ready, never what is in it. They suffice: decoding and resizing leave Python's lock alone.
+A step's samples are read in the order in which they lie in their shards.
+
+Memory: the tiles of the step in use, those prepared ahead (below data.prefetch_gb before the last step was begun; at least one step),
+twice those of one micro-batch per thread while it is laid out, and the decoded image per thread (data.max_image_pixels at most).
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +32,7 @@ from dsvl_train.data.errors import SampleError
 from dsvl_train.data.mixing import text_share_schedule
 from dsvl_train.data.plan import GlobalBatchPlan, Pack, Planner, RankShare, SampleRef, assign, check_divides
 from dsvl_train.data.processor import Processor
+from dsvl_train.data.sharing import Sharing, receive, send, send_failure
 from dsvl_train.data.sources import SampleArrays, Source, SourceSummary, describe_sources, open_sources, summarise
 from dsvl_train.data.workers import WorkerPool
 
@@ -34,6 +41,10 @@ log = logging.getLogger(__name__)
 
 class TooManyBadSamples(ValueError):
     """More samples than data.max_bad_fraction allows could not be used."""
+
+
+class DataStalled(RuntimeError):
+    """A batch was not ready within data.stall_s: storage hangs, or a sample takes for ever."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,13 @@ class _Pending:
     after: Cursor
     shares: list[RankShare]
     micro_batches: list[Future[tuple[MicroBatch, list[BadSample]]]]
+    """Empty on a rank that does not read."""
+    pixel_bytes: int
+    """Of this rank's tiles."""
+
+
+Read = tuple[SampleRef, Callable[[], None]]
+"""A sample to read, and what reads it."""
 
 
 class DataPipeline:
@@ -66,7 +84,17 @@ class DataPipeline:
     """
 
     def __init__(
-        self, cfg: DataConfig, sources: Sequence[Source], processor: Processor, *, seed: int, max_steps: int, dp_rank: int, dp_size: int
+        self,
+        cfg: DataConfig,
+        sources: Sequence[Source],
+        processor: Processor,
+        *,
+        seed: int,
+        max_steps: int,
+        dp_rank: int,
+        dp_size: int,
+        sharing: Sharing | None = None,
+        pin_memory: bool = False,
     ) -> None:
         check_divides(cfg.batch_size, cfg.micro_batch_size, dp_size)
         if not 0 <= dp_rank < dp_size:
@@ -81,7 +109,10 @@ class DataPipeline:
         ]
         self.planner = Planner(sources, cfg, seed)
         self._sources = list(sources)
-        self._pool = WorkerPool(cfg.workers, "data")
+        self._sharing, self._pin_memory = sharing, pin_memory
+        self._reads = sharing is None or sharing.reads
+        self._pool = WorkerPool(cfg.workers if self._reads else 0, "data")
+        self._in_progress: dict[int, tuple[SampleRef, float]] = {}  # by thread: what it reads, and since when
         self._ahead = max(cfg.prefetch_steps, 1) if cfg.workers else 0
         self._pending: deque[_Pending] = deque()
         self._yielded = Cursor()
@@ -97,6 +128,8 @@ class DataPipeline:
 
         Raises:
             TooManyBadSamples: beyond data.max_bad_fraction.
+            DataStalled: not ready within data.stall_s.
+            ReaderFailed: the rank that reads for this one failed.
         """
         if self._closed:
             raise RuntimeError("the data pipeline is closed")
@@ -104,15 +137,14 @@ class DataPipeline:
         if not self._pending:
             raise StopIteration
         step = self._pending.popleft()
-        made = [future.result() for future in step.micro_batches]
+        micro_batches, bad = self._receive(step)
         self._look_ahead(self._ahead)
         self._yielded = step.after
-        bad = [entry for _, entries in made for entry in entries]
         self._account(step, bad)
         return StepBatch(
             step=step.plan.step,
             modality=step.plan.modality,
-            micro_batches=[micro_batch for micro_batch, _ in made],
+            micro_batches=micro_batches,
             text_share=step.plan.text_share,
             text_share_target=step.plan.text_share_target,
             text_ratio=step.plan.text_ratio,
@@ -162,15 +194,24 @@ class DataPipeline:
     # ------------------------------------------------------------------------------------------------------------- steps
 
     def _look_ahead(self, steps: int) -> None:
-        """Plan and begin to read until `steps` steps are pending."""
+        """Plan and begin to read until `steps` steps are pending, or those pending hold data.prefetch_gb of tiles."""
+        tile_bytes = 3 * self.processor.image_size**2
+        limit = self.cfg.prefetch_gb * 1e9
         while len(self._pending) < steps and self._planned.step < self.max_steps:
+            if self._pending and sum(step.pixel_bytes for step in self._pending) >= limit:
+                return
             plan, self._planned = self.planner.plan(self._planned)
             shares = assign(plan.packs, self.dp_size, self.cfg.micro_batch_size)
-            micro_batches = [self._begin(packs, plan.modality) for packs in shares[self.dp_rank]]
-            self._pending.append(_Pending(plan, self._planned, shares, micro_batches))
+            mine = shares[self.dp_rank]
+            reads: list[Read] = []
+            micro_batches = [self._begin(packs, plan.modality, reads) for packs in mine] if self._reads else []
+            for _, read in sorted(reads, key=lambda entry: (entry[0].source, entry[0].index)):
+                self._pool.submit(read)
+            tiles = sum(pack.tiles for packs in mine for pack in packs)
+            self._pending.append(_Pending(plan, self._planned, shares, micro_batches, tiles * tile_bytes))
 
-    def _begin(self, packs: Sequence[Pack], modality: Modality) -> Future[tuple[MicroBatch, list[BadSample]]]:
-        """Queue the samples of a micro-batch; the thread that finishes the last one lays them out."""
+    def _begin(self, packs: Sequence[Pack], modality: Modality, reads: list[Read]) -> Future[tuple[MicroBatch, list[BadSample]]]:
+        """Add the samples of a micro-batch to `reads`; the thread that finishes the last one lays them out."""
         refs = [sample for pack in packs for sample in pack.samples]
         done: Future[tuple[MicroBatch, list[BadSample]]] = Future()
         results: list[SampleArrays | BadSample | None] = [None] * len(refs)
@@ -181,6 +222,8 @@ class DataPipeline:
             nonlocal left
             if done.cancelled() or done.done():
                 return
+            thread = threading.get_ident()
+            self._in_progress[thread] = (refs[place], time.monotonic())
             try:
                 results[place] = self._read(refs[place])
                 with lock:
@@ -192,10 +235,48 @@ class DataPipeline:
                 with lock:
                     if not done.done():
                         done.set_exception(error)
+            finally:
+                self._in_progress.pop(thread, None)
 
-        for place in range(len(refs)):
-            self._pool.submit(partial(read, place))
+        reads += [(refs[place], partial(read, place)) for place in range(len(refs))]
         return done
+
+    def _receive(self, step: _Pending) -> tuple[list[MicroBatch], list[BadSample]]:
+        """The micro-batches of a step, and the samples that went bad: made here, or handed over by the rank that reads."""
+        sharing = self._sharing
+        if sharing is None:
+            return self._wait(step)
+        if not sharing.reads:
+            micro_batches, notes = receive(sharing, pin_memory=self._pin_memory)
+            return micro_batches, [BadSample(**note) for note in notes]
+        try:
+            micro_batches, bad = self._wait(step)
+        except Exception as error:
+            send_failure(error, sharing)
+            raise
+        send(micro_batches, [vars(entry) for entry in bad], sharing)
+        return micro_batches, bad
+
+    def _wait(self, step: _Pending) -> tuple[list[MicroBatch], list[BadSample]]:
+        deadline = time.monotonic() + self.cfg.stall_s
+        made = []
+        for future in step.micro_batches:
+            wait([future], timeout=max(deadline - time.monotonic(), 0.0))
+            if not future.done():
+                raise DataStalled(self._describe_stall(step.plan.step))
+            made.append(future.result())
+        return [micro_batch for micro_batch, _ in made], [entry for _, entries in made for entry in entries]
+
+    def _describe_stall(self, step: int) -> str:
+        now = time.monotonic()
+        reading = [
+            f"{self._sources[ref.source].name} {self._sources[ref.source].where(ref.index)} for {now - since:.0f} s"
+            for ref, since in sorted(self._in_progress.copy().values(), key=lambda entry: entry[1])
+        ]
+        return (
+            f"the data of step {step} were not ready within data.stall_s={self.cfg.stall_s:g} seconds; being read: "
+            f"{', '.join(reading) or 'nothing'}. Check their storage; where it is only slow, raise data.workers or data.stall_s"
+        )
 
     def _read(self, ref: SampleRef) -> SampleArrays | BadSample:
         """A sample as planned, or why not."""
@@ -222,12 +303,13 @@ class DataPipeline:
             else:
                 samples.append(result)
         is_bad = [isinstance(result, BadSample) for result in results]
-        return lay_out(samples, is_bad, [ref.source for ref in refs], modality, self.processor.image_size), bad
+        return lay_out(samples, is_bad, [ref.source for ref in refs], modality, self.processor.image_size, pin_memory=self._pin_memory), bad
 
     def _account(self, step: _Pending, bad: Sequence[BadSample]) -> None:
         """Record bad samples, and stop when they are too many of those this rank has seen."""
         for entry in bad:
-            log.warning("step %d: bad sample in %s, %s: %s: %s", step.plan.step, entry.source, entry.sample, entry.kind, entry.reason)
+            if self._reads:  # its peers know the same
+                log.warning("step %d: bad sample in %s, %s: %s: %s", step.plan.step, entry.source, entry.sample, entry.kind, entry.reason)
             self.bad_samples.append({**vars(entry), "step": step.plan.step})
         self._seen += sum(len(pack.samples) for packs in step.shares[self.dp_rank] for pack in packs)
         self._bad += len(bad)
@@ -259,13 +341,26 @@ def open_processor(cfg: DataConfig) -> Processor:
         max_tiles=cfg.max_tiles,
         tiling_image_limit=cfg.tiling_image_limit,
         max_image_pixels=cfg.max_image_pixels,
+        decode=cfg.decode,
     )
 
 
-def build_data(cfg: DataConfig, *, seed: int, max_steps: int, dp_rank: int, dp_size: int, build_index: bool = True) -> DataPipeline:
+def build_data(
+    cfg: DataConfig,
+    *,
+    seed: int,
+    max_steps: int,
+    dp_rank: int,
+    dp_size: int,
+    build_index: bool = True,
+    sharing: Sharing | None = None,
+    pin_memory: bool = False,
+) -> DataPipeline:
     """Open everything that a configuration names, and lay out the run from step 1.
 
     Args:
+        sharing: this rank's place among those that train on the same micro-batches; None = it is alone.
+        pin_memory: hand pixels over in pinned memory, for a GPU.
         build_index: make missing and stale indexes. True in one process only; the others call with False once that one is done.
 
     Raises:
@@ -276,7 +371,17 @@ def build_data(cfg: DataConfig, *, seed: int, max_steps: int, dp_rank: int, dp_s
     check_divides(cfg.batch_size, cfg.micro_batch_size, dp_size)
     processor = open_processor(cfg)
     sources = open_sources(cfg, processor, build_index=build_index)
-    pipeline = DataPipeline(cfg, sources, processor, seed=seed, max_steps=max_steps, dp_rank=dp_rank, dp_size=dp_size)
+    pipeline = DataPipeline(
+        cfg,
+        sources,
+        processor,
+        seed=seed,
+        max_steps=max_steps,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        sharing=sharing,
+        pin_memory=pin_memory,
+    )
     if dp_rank == 0:
         log.info("data:\n%s", describe_sources(pipeline.summaries()))
     return pipeline

@@ -17,8 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from dsvl_train.config.geometry import TileRule, candidate_resolutions, select_tiles, vl2_tokens_side, vl2_visual_tokens
@@ -35,7 +33,7 @@ from .processor_folder import (
     read_vl_settings,
     write_processor_folder,
 )
-from .tiling import ImageSource, check_image_size, decode_rgb, fill_vl2_tiles, fill_vl_square, open_image
+from .tiling import Decode, ImageSource, OpenedImage, Pixels, check_image_size, fill_vl2_tiles, fill_vl_square, open_image
 from .tokenizer import VL2_ADDED_TOKENS, Tokenizer
 
 __all__ = ["Encoded", "Measured", "Processor", "SampleError", "Vl2Processor", "VlProcessor", "write_processor_folder"]
@@ -114,11 +112,14 @@ class Processor(ABC):
 
     family: Literal["vl", "vl2"]
 
-    def __init__(self, tokenizer: Tokenizer, image_size: int, *, mask_prompt: bool, max_image_pixels: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, image_size: int, *, mask_prompt: bool, max_image_pixels: int, decode: Decode) -> None:
+        if decode not in ("exact", "fast"):
+            raise ValueError(f"unknown way to decode {decode!r}; data.decode is 'exact' or 'fast'")
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.mask_prompt = mask_prompt
         self.max_image_pixels = max_image_pixels
+        self.decode: Decode = decode
         self.stop_ids = [tokenizer.eos_id]
         self._template: VlTemplate | Vl2Template = TEMPLATES[self.family](tokenizer, mask_prompt=mask_prompt)
 
@@ -131,6 +132,7 @@ class Processor(ABC):
         max_tiles: int | None = 9,
         tiling_image_limit: int = 2,
         max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+        decode: Decode = "exact",
     ) -> Processor:
         """The processor of a folder in the released layout.
 
@@ -142,13 +144,14 @@ class Processor(ABC):
                 of `candidate_resolutions(image_size, max_tiles)`; None = the folder's own in any case.
             tiling_image_limit: VL2: samples with more images than this are not tiled.
             max_image_pixels: images with more are refused, from their header.
+            decode: "exact": the released processor's pixels, bit for bit; "fast": no value more than 2 of 255 off, see `tiling.py`.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file lacks a key or token, or says something that is not implemented; names the file and the key.
         """
         if read_family(path) == "vl":
-            return VlProcessor(path, read_vl_settings(path), mask_prompt=mask_prompt, max_image_pixels=max_image_pixels)
+            return VlProcessor(path, read_vl_settings(path), mask_prompt=mask_prompt, max_image_pixels=max_image_pixels, decode=decode)
         return Vl2Processor(
             path,
             read_vl2_settings(path),
@@ -157,6 +160,7 @@ class Processor(ABC):
             max_tiles=max_tiles,
             tiling_image_limit=tiling_image_limit,
             max_image_pixels=max_image_pixels,
+            decode=decode,
         )
 
     def encode(self, messages: Messages, images: Sequence[ImageSource], *, inference: bool = False) -> Encoded:
@@ -250,7 +254,7 @@ class Processor(ABC):
         """Local tiles (wide, high) and visual tokens of each image, and tiles of all."""
 
     @abstractmethod
-    def _pixels(self, images: Sequence[Image.Image], layout: _Layout) -> tuple[NDArray[np.uint8], list[tuple[int, int]]]:
+    def _pixels(self, images: Sequence[OpenedImage], layout: _Layout) -> tuple[Pixels, list[tuple[int, int]]]:
         """Decoded tiles [n, 3, side, side] of all images, and the rows of `Encoded.tiles_wh`."""
 
     @abstractmethod
@@ -264,7 +268,13 @@ class VlProcessor(Processor):
     family: Literal["vl", "vl2"] = "vl"
 
     def __init__(
-        self, path: str | Path, settings: VlSettings, *, mask_prompt: bool | None = True, max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS
+        self,
+        path: str | Path,
+        settings: VlSettings,
+        *,
+        mask_prompt: bool | None = True,
+        max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+        decode: Decode = "exact",
     ) -> None:
         self.settings = settings
         self.tokens_per_image = settings.tokens_per_image
@@ -274,16 +284,17 @@ class VlProcessor(Processor):
             settings.image_size,
             mask_prompt=settings.mask_prompt if mask_prompt is None else mask_prompt,
             max_image_pixels=max_image_pixels,
+            decode=decode,
         )
 
     def _image_layout(self, sizes_wh: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[int], int]:
         count = len(sizes_wh)
         return [(0, 0)] * count, [self.tokens_per_image] * count, count
 
-    def _pixels(self, images: Sequence[Image.Image], layout: _Layout) -> tuple[NDArray[np.uint8], list[tuple[int, int]]]:
+    def _pixels(self, images: Sequence[OpenedImage], layout: _Layout) -> tuple[Pixels, list[tuple[int, int]]]:
         pixels_nchw = np.empty((len(images), 3, self.image_size, self.image_size), dtype=np.uint8)
         for image, pixels_chw in zip(images, pixels_nchw, strict=True):
-            fill_vl_square(decode_rgb(image), self.image_size, self.settings.min_size, self._colour, pixels_chw)
+            fill_vl_square(image, self.image_size, self.settings.min_size, self._colour, pixels_chw, self.decode)
         return pixels_nchw, layout.tiles_wh
 
     def _geometry(self) -> dict[str, Any]:
@@ -310,6 +321,7 @@ class Vl2Processor(Processor):
         max_tiles: int | None = 9,
         tiling_image_limit: int = 2,
         max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+        decode: Decode = "exact",
     ) -> None:
         if tile_selection not in ("released", "paper"):
             raise ValueError(f"unknown tile rule {tile_selection!r}; data.tile_selection is 'released' or 'paper'")
@@ -329,6 +341,7 @@ class Vl2Processor(Processor):
             settings.image_size,
             mask_prompt=settings.mask_prompt if mask_prompt is None else mask_prompt,
             max_image_pixels=max_image_pixels,
+            decode=decode,
         )
 
     def _image_layout(self, sizes_wh: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[int], int]:
@@ -339,7 +352,7 @@ class Vl2Processor(Processor):
         visual_tokens = [vl2_visual_tokens(grid_wh, self.tokens_side) for grid_wh in tiles_wh]
         return tiles_wh, visual_tokens, sum(1 + wide * high for wide, high in tiles_wh)
 
-    def _pixels(self, images: Sequence[Image.Image], layout: _Layout) -> tuple[NDArray[np.uint8], list[tuple[int, int]]]:
+    def _pixels(self, images: Sequence[OpenedImage], layout: _Layout) -> tuple[Pixels, list[tuple[int, int]]]:
         side = self.image_size
         if not images:
             return np.full((1, 3, side, side), _EMPTY_TILE_GREY, dtype=np.uint8), [(0, 0)]
@@ -347,7 +360,7 @@ class Vl2Processor(Processor):
         start = 0
         for image, (wide, high) in zip(images, layout.tiles_wh, strict=True):
             end = start + 1 + wide * high
-            fill_vl2_tiles(decode_rgb(image), (wide, high), side, self._colour, pixels_nchw[start:end])
+            fill_vl2_tiles(image, (wide, high), side, self._colour, pixels_nchw[start:end], self.decode)
             start = end
         return pixels_nchw, layout.tiles_wh
 

@@ -12,9 +12,10 @@ import os
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,11 +23,14 @@ import braceexpand
 
 from dsvl_train.data.errors import SampleError
 from dsvl_train.data.sample import Sample
+from dsvl_train.data.storage import RemoteFiles, Unreachable, is_remote
 
 BLOCK = tarfile.BLOCKSIZE
 _END_MARK = bytes(BLOCK)
 _LONGEST_NAME_RECORD = 1 << 20
 """Bytes of a GNU long name or a pax header at most; real ones have hundreds."""
+MERGED_GAP = 16 * BLOCK
+"""Members at most this many bytes apart are read together: headers and a small member between them cost less than another read."""
 
 # ----------------------------------------------------------------------------------------------------------------- naming
 
@@ -303,67 +307,140 @@ def group_members(members: Sequence[Member]) -> Iterator[MemberGroup]:
 
 
 class ShardReader:
-    """Reads members by offset from several threads; keeps a bounded number of files open."""
+    """Reads members by offset from several threads, from this machine's files and, through `remote`, from URLs.
 
-    def __init__(self, max_open: int = 64) -> None:
+    Members that lie close together come in one read, so a sample costs one. Of this machine's files a bounded number stays open: threads
+    share a file's descriptor, and the one that was not used for longest is closed first.
+    """
+
+    def __init__(self, max_open: int = 256, remote: RemoteFiles | None = None, *, skip_unreachable: bool = False) -> None:
+        """
+        Args:
+            max_open: files open at most, besides those being read; a shuffle block should not have more shards.
+            remote: reads URLs; default: one without cache.
+            skip_unreachable: what cannot be reached is a bad sample, not the end of the run.
+        """
         self.max_open = max_open
+        self.remote = remote or RemoteFiles()
+        self.skip_unreachable = skip_unreachable
+        self.opens = self.reads = 0
+        """Files opened and reads made so far, of this machine's files."""
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, tuple[int, int]] = OrderedDict()  # idle: path -> (descriptor, size); oldest first
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()  # least recently used first
 
     def read(self, path: str, spans: Sequence[tuple[int, int]], expected_size: int) -> list[bytes]:
         """Bytes of the (offset, size) spans of one shard.
 
         Args:
+            path: a file's path, or a URL.
             expected_size: bytes the shard had when it was indexed.
 
         Raises:
             SampleError: `unreadable` - the file is gone, has another size, or a read fails.
+            Unreachable: a URL cannot be read, and `skip_unreachable` is False.
         """
         try:
-            with self._borrow(path) as (descriptor, size):
-                if size != expected_size:
-                    raise SampleError("unreadable", f"{path} has {size} bytes; it had {expected_size} when it was indexed")
-                found = []
-                for offset, length in spans:
-                    if offset < 0 or length < 0 or offset + length > size:
-                        raise SampleError("unreadable", f"{path}: bytes {offset} to {offset + length} are beyond its {size}")
-                    found.append(_read_exactly(descriptor, offset, length, path))
-                return found
+            if is_remote(path):
+                return self._read_remote(path, spans, expected_size)
+            with self._borrow(path) as file:
+                _check_spans(path, spans, file.size, expected_size)
+                return _read_merged(spans, partial(self._read_exactly, file.descriptor, path))
+        except Unreachable as error:
+            if not self.skip_unreachable:
+                raise
+            raise SampleError("unreadable", str(error)) from error
         except OSError as error:
             raise SampleError("unreadable", f"{path}: {error}") from error
 
-    @contextmanager
-    def _borrow(self, path: str) -> Iterator[tuple[int, int]]:
-        """An open descriptor that is nobody else's for the time; back to the idle ones afterwards."""
+    def close(self) -> None:
+        """Close all files that nobody reads."""
         with self._lock:
-            held = self._open.pop(path, None)
-        if held is None:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            held = (descriptor, os.fstat(descriptor).st_size)
+            idle = [path for path, file in self._open.items() if not file.users]
+            files = [self._open.pop(path) for path in idle]
+        for file in files:
+            os.close(file.descriptor)
+
+    def _read_remote(self, url: str, spans: Sequence[tuple[int, int]], expected_size: int) -> list[bytes]:
+        _check_spans(url, spans, self.remote.stat(url).size, expected_size)
+        return _read_merged(spans, partial(self.remote.read, url))
+
+    @contextmanager
+    def _borrow(self, path: str) -> Iterator[_OpenFile]:
+        """An open file that stays open for the time."""
+        with self._lock:
+            file = self._open.get(path)
+            if file is not None:
+                file.users += 1
+                self._open.move_to_end(path)
+        if file is None:
+            file = self._add(path)
         try:
-            yield held
+            yield file
         finally:
             with self._lock:
-                surplus = self._open.pop(path, None)
-                self._open[path] = held
-                if surplus is None and len(self._open) > self.max_open:
-                    _, surplus = self._open.popitem(last=False)
-            if surplus is not None:
-                os.close(surplus[0])
+                file.users -= 1
+                idle = [path for path, file in self._open.items() if not file.users] if len(self._open) > self.max_open else []
+                surplus = [self._open.pop(path) for path in idle[: max(len(self._open) - self.max_open, 0)]]
+            for file in surplus:
+                os.close(file.descriptor)
 
-    def close(self) -> None:
-        """Close all idle files."""
+    def _add(self, path: str) -> _OpenFile:
+        """Open a file, without the lock: opening may take long. If another thread was faster, its file is used."""
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        mine = _OpenFile(descriptor, os.fstat(descriptor).st_size)
         with self._lock:
-            idle, self._open = self._open, OrderedDict()
-        for descriptor, _ in idle.values():
+            self.opens += 1
+            file = self._open.setdefault(path, mine)
+            file.users += 1
+            self._open.move_to_end(path)
+        if file is not mine:
             os.close(descriptor)
+        return file
+
+    def _read_exactly(self, descriptor: int, path: str, offset: int, length: int) -> bytes:
+        self.reads += 1
+        raw = os.pread(descriptor, length, offset)
+        while len(raw) < length:
+            more = os.pread(descriptor, length - len(raw), offset + len(raw))
+            if not more:
+                raise SampleError("unreadable", f"{path}: ends at byte {offset + len(raw)}, in the middle of a member")
+            raw += more
+        return raw
 
 
-def _read_exactly(descriptor: int, offset: int, length: int, path: str) -> bytes:
-    raw = os.pread(descriptor, length, offset)
-    while len(raw) < length:
-        more = os.pread(descriptor, length - len(raw), offset + len(raw))
-        if not more:
-            raise SampleError("unreadable", f"{path}: ends at byte {offset + len(raw)}, in the middle of a member")
-        raw += more
-    return raw
+@dataclass
+class _OpenFile:
+    descriptor: int
+    size: int
+    """Bytes when it was opened."""
+    users: int = 0
+
+
+def _check_spans(path: str, spans: Sequence[tuple[int, int]], size: int, expected_size: int) -> None:
+    if size != expected_size:
+        raise SampleError("unreadable", f"{path} has {size} bytes; it had {expected_size} when it was indexed")
+    for offset, length in spans:
+        if offset < 0 or length < 0 or offset + length > size:
+            raise SampleError("unreadable", f"{path}: bytes {offset} to {offset + length} are beyond its {size}")
+
+
+def merge_spans(spans: Sequence[tuple[int, int]], gap: int = MERGED_GAP) -> list[tuple[int, int]]:
+    """The (offset, size) reads, ascending, that cover all spans and nothing between spans more than `gap` bytes apart."""
+    merged: list[tuple[int, int]] = []
+    for offset, length in sorted(span for span in spans if span[1]):
+        if merged and offset <= sum(merged[-1]) + gap:
+            start, size = merged[-1]
+            merged[-1] = (start, max(size, offset + length - start))
+        else:
+            merged.append((offset, length))
+    return merged
+
+
+def _read_merged(spans: Sequence[tuple[int, int]], read: Callable[[int, int], bytes]) -> list[bytes]:
+    """Contents of spans with few reads."""
+    pieces = [(offset, read(offset, length)) for offset, length in merge_spans(spans)]
+    found = []
+    for offset, length in spans:
+        start, raw = next(((at, raw) for at, raw in pieces if at <= offset and offset + length <= at + len(raw)), (offset, b""))
+        found.append(raw[offset - start : offset - start + length])
+    return found

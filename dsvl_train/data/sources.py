@@ -22,6 +22,7 @@ from dsvl_train.data.order import Ints
 from dsvl_train.data.processor import Processor
 from dsvl_train.data.sample import parse_sample
 from dsvl_train.data.shards import ShardReader
+from dsvl_train.data.storage import open_remote_files
 from dsvl_train.data.text_corpus import TextCorpus
 
 _CHUNK_DOCUMENTS = 4096
@@ -208,7 +209,8 @@ def open_sources(cfg: DataConfig, processor: Processor, *, build_index: bool = T
         FileNotFoundError: a folder, shard, corpus or index is missing; names the setting.
         ValueError: a corpus that cannot be used, or too much of a source is bad for `data.max_bad_fraction`.
     """
-    reader = ShardReader()
+    remote = open_remote_files(cfg.cache_dir, cfg.cache_gb, cfg.read_retries)
+    reader = ShardReader(remote=remote, skip_unreachable=cfg.unreachable == "skip")
     sources: list[Source] = []
     for name, source in cfg.sources.items():
         setting = f"data.sources.{name}.path"
@@ -219,7 +221,14 @@ def open_sources(cfg: DataConfig, processor: Processor, *, build_index: bool = T
             sources.append(TextSource(name, corpus, processor.tokenizer.vocab_size))
         else:
             index = open_index(
-                source.path, processor, setting=setting, processor_folder=cfg.processor, build=build_index, workers=max(cfg.workers, 1)
+                source.path,
+                processor,
+                setting=setting,
+                processor_folder=cfg.processor,
+                build=build_index,
+                workers=max(cfg.workers, 1),
+                index_dir=cfg.index_dir,
+                remote=remote,
             )
             sources.append(ShardSource(name, source.modality, index, processor, reader, cfg.seq_len))
         _check_health(sources[-1], setting, source.path, cfg.max_bad_fraction)

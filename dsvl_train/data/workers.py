@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -33,7 +34,8 @@ class WorkerPool:
         return future
 
     def close(self, timeout: float = 5.0) -> None:
-        """Stop the threads. Tasks that nobody began are cancelled; one in progress is waited for, `timeout` seconds at most."""
+        """Stop the threads. Tasks that nobody began are cancelled; those in progress are waited for, `timeout` seconds at most."""
+        deadline = time.monotonic() + timeout
         while True:
             try:
                 entry = self._tasks.get_nowait()
@@ -44,7 +46,7 @@ class WorkerPool:
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:
-            thread.join(timeout)
+            thread.join(max(deadline - time.monotonic(), 0.0))
         self._threads = []
 
     def _work(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
@@ -29,12 +30,18 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from dsvl_train.config.schema import LanguageConfig, ParallelConfig, StageConfig
 from dsvl_train.models.layers import PackedAttention, ReplicatedLinear, RMSNorm
 from dsvl_train.models.moe import SampleMoELayer, SampleRouter
+from dsvl_train.parallel.division import Division
 
 
 def transformer_config(
-    language: LanguageConfig, stage: StageConfig, parallel: ParallelConfig, params_dtype: torch.dtype, on_cpu: bool
+    language: LanguageConfig,
+    stage: StageConfig,
+    parallel: ParallelConfig,
+    params_dtype: torch.dtype,
+    on_cpu: bool,
+    division: Division | None = None,
 ) -> TransformerConfig:
-    """Megatron's configuration of the language model.
+    """Megatron's configuration of the language model, its layers divided over the pipeline by `division` (None = no pipeline).
 
     The loss is summed, not averaged, by Megatron (`calculate_per_token_loss`): `training.step` divides by the supervised tokens of the
     global batch itself, before the backward pass.
@@ -60,6 +67,8 @@ def transformer_config(
         "bf16": params_dtype == torch.bfloat16,
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
+        "pipeline_model_parallel_layout": None if division is None else _pipeline_layout(division),
         "context_parallel_size": parallel.cp,
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": 1,
@@ -90,6 +99,14 @@ def transformer_config(
         rotary_base=language.rope_theta,
         rotary_scaling_factor=1.0,
     )
+
+
+def _pipeline_layout(division: Division) -> list[list[str]]:
+    """The language layers of each chunk and rank, as Megatron wants to hear it."""
+    layout = [["decoder"] * len(layers) for chunk in division.language for layers in chunk]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
 
 
 def _moe_options(language: LanguageConfig, stage: StageConfig) -> dict[str, Any]:
@@ -148,8 +165,8 @@ def _feed_forward_spec(language: LanguageConfig, layer: int) -> ModuleSpec:
     return spec
 
 
-def decoder_spec(language: LanguageConfig) -> TransformerBlockSubmodules:
-    """Every decoder layer: the first `moe.dense_layers` keep a dense FFN."""
+def decoder_spec(language: LanguageConfig, of_chunk: range) -> TransformerBlockSubmodules:
+    """The decoder layers of a chunk: the model's first `moe.dense_layers` keep a dense FFN."""
     layers = [
         ModuleSpec(
             module=TransformerLayer,
@@ -162,16 +179,25 @@ def decoder_spec(language: LanguageConfig) -> TransformerBlockSubmodules:
                 mlp_bda=get_bias_dropout_add,
             ),
         )
-        for layer in range(language.layers)
+        for layer in of_chunk
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
-def build_language_model(language: LanguageConfig, config: TransformerConfig) -> GPTModel:
-    """A Megatron GPT of the configured kind. Its embedding does not scatter over sequence-parallel ranks: visual embeddings go in first."""
+def build_language_model(
+    language: LanguageConfig, config: TransformerConfig, of_chunk: range | None = None, vp_stage: int | None = None
+) -> GPTModel:
+    """A Megatron GPT of the configured kind, or the chunk of it with the layers `of_chunk`.
+
+    Its embedding does not scatter over sequence-parallel ranks: visual embeddings go in first.
+    """
+    of_chunk = range(language.layers) if of_chunk is None else of_chunk
     model = GPTModel(
         config=config,
-        transformer_layer_spec=decoder_spec(language),
+        transformer_layer_spec=decoder_spec(language, of_chunk),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
         vocab_size=language.padded_vocab_size,
         max_sequence_length=language.max_positions,
         position_embedding_type="rope",

@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from dsvl_train.models.vlm import VisionLanguageModel
+from dsvl_train.models.vlm import VisionLanguageModel, whole_model_name
 
 _LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 
@@ -50,17 +50,17 @@ def logical_tensors(model: VisionLanguageModel) -> Iterator[tuple[LogicalTensor,
         persistent = chunk.state_dict(keep_vars=True)
         for name, local in persistent.items():
             if torch.is_tensor(local):
-                for part in _parts(name, local, model):
+                for part in _parts(name, whole_model_name(chunk, name), local, model):
                     yield part, local
 
 
-def _parts(name: str, local: Tensor, model: VisionLanguageModel) -> Iterator[LogicalTensor]:
+def _parts(name: str, whole_name: str, local: Tensor, model: VisionLanguageModel) -> Iterator[LogicalTensor]:
     is_expert = _LOCAL_EXPERT.search(name) is not None
     sharded = getattr(local, "tensor_model_parallel", False) and not is_expert  # experts stay whole: expert tensor parallelism is 1
     tp_size = parallel_state.get_tensor_model_parallel_world_size() if sharded else 1
     tp_rank = parallel_state.get_tensor_model_parallel_rank() if sharded else 0
     dim = local.partition_dim if sharded else 0  # type: ignore[attr-defined]
-    global_name = _global_name(name, model)
+    global_name = _global_name(whole_name, model)
     if not name.endswith("linear_fc1.weight"):
         yield _part(global_name, name, local.shape, dim, tp_rank, tp_size, None)
         return
@@ -82,7 +82,9 @@ def _part(
 
 
 def _global_name(name: str, model: VisionLanguageModel) -> str:
-    """Experts counted over all expert-parallel ranks."""
+    """Experts counted over all expert-parallel ranks; the output layer's copy of a tied embedding is the embedding."""
+    if name == "language.output_layer.weight" and model.tied_embeddings:
+        return "language.embedding.word_embeddings.weight"
 
     def whole_model_index(match: re.Match[str]) -> str:
         experts_here = model.config.num_moe_experts // model.config.expert_model_parallel_size

@@ -28,15 +28,15 @@ class ModalityOptimiser:
     """Steps the parameters that a step's modality reached.
 
     Args:
-        chunks: name -> wrapped chunk, `vision` and `language`.
-        multipliers: parameter name -> factor on the learning rate, None = frozen (already without `requires_grad`).
+        chunks: name -> wrapped chunk, `vision` and the language chunks; every rank has the same ones, a chunk may hold nothing.
+        multipliers: chunk -> parameter name in it -> factor on the learning rate, None = frozen (already without `requires_grad`).
     """
 
     def __init__(
         self,
         optim: OptimConfig,
         chunks: Mapping[str, DistributedDataParallel],
-        multipliers: Mapping[str, float | None],
+        multipliers: Mapping[str, Mapping[str, float | None]],
         params_dtype: torch.dtype,
     ) -> None:
         config = OptimizerConfig(
@@ -52,14 +52,16 @@ class ModalityOptimiser:
             use_distributed_optimizer=False,
         )
         self.peak, self.clip_grad = optim.lr, optim.clip_grad
+        self._update_idle = optim.update_idle
+        self._updates = {"vision": 0, "language": 0}
         self.by_chunk: dict[str, list[MegatronOptimizer]] = {
             name: get_megatron_optimizer(
-                config, [chunk], _overrides(optim.lr, multipliers), use_gloo_process_groups=False
+                config, [chunk], _overrides(optim.lr, multipliers[name]), use_gloo_process_groups=False
             ).chained_optimizers
             for name, chunk in chunks.items()
         }
         every = [optimiser for optimisers in self.by_chunk.values() for optimiser in optimisers]
-        text = every if optim.update_idle else self.by_chunk["language"]
+        text = [optimiser for name, mine in self.by_chunk.items() if optim.update_idle or name != "vision" for optimiser in mine]
         self._by_modality: dict[Modality, ChainedOptimizer] = {
             "multimodal": ChainedOptimizer(every),
             "text": ChainedOptimizer(text),
@@ -85,6 +87,8 @@ class ModalityOptimiser:
             if self.clip_grad > 0 and not optimiser.is_stub_optimizer:
                 clip_grad_by_total_norm_fp32(optimiser.get_parameters(), max_norm=self.clip_grad, total_norm=norm)
         chained.step_with_ready_grads()
+        for part in self._updates:
+            self._updates[part] += part == "language" or modality == "multimodal" or self._update_idle
         return norm
 
     def zero_grad(self, modality: Modality) -> None:
@@ -121,15 +125,20 @@ class ModalityOptimiser:
         return None
 
     def steps_taken(self) -> dict[str, int]:
-        """Updates per chunk; the chunks differ by the text steps."""
-        return {name: max((_steps(optimiser) for optimiser in optimisers), default=0) for name, optimisers in self.by_chunk.items()}
+        """Updates of the `vision` and the `language` part so far; they differ by the text steps."""
+        return dict(self._updates)
 
     def create_state(self, steps: Mapping[str, int]) -> None:
-        """Make zero moments for every parameter of the chunks that have taken a step, so that a checkpoint can be read into them."""
+        """Make zero moments for every parameter of the parts that have taken a step, so that a checkpoint can be read into them."""
+        self._updates = dict(steps)
         for name, optimisers in self.by_chunk.items():
             for optimiser in optimisers:
-                if steps[name] and not optimiser.is_stub_optimizer:
-                    _create_state(optimiser.optimizer, steps[name])
+                if steps[_part(name)] and not optimiser.is_stub_optimizer:
+                    _create_state(optimiser.optimizer, steps[_part(name)])
+
+
+def _part(chunk: str) -> str:
+    return chunk.partition(".")[0]
 
 
 def _overrides(peak: float, multipliers: Mapping[str, float | None]) -> dict[ParamKey, dict[str, float]]:
@@ -144,14 +153,6 @@ def _overrides(peak: float, multipliers: Mapping[str, float | None]) -> dict[Par
         predicate = ParamWithNamePredicate(f"lr_x{multiplier:g}", lambda p, name, names=names: name.removeprefix("module.") in names)
         overrides[ParamKey(with_name_predicate=predicate)] = {"max_lr": peak * multiplier, "min_lr": 0.0}
     return overrides
-
-
-def _steps(optimiser: MegatronOptimizer) -> int:
-    if optimiser.is_stub_optimizer:
-        return 0
-    per_parameter = [int(state["step"]) for state in optimiser.optimizer.state.values() if "step" in state]
-    per_group = [int(group["step"]) for group in optimiser.optimizer.param_groups if "step" in group]  # apex, transformer-engine
-    return max([*per_parameter, *per_group], default=0)
 
 
 def _create_state(adam: torch.optim.Optimizer, steps: int) -> None:

@@ -17,6 +17,7 @@ from dsvl_train.parallel.startup import World
 
 if TYPE_CHECKING:
     from dsvl_train.data.loader import DataPipeline
+    from dsvl_train.data.sharing import Sharing
     from dsvl_train.models.vlm import VisionLanguageModel
 
 
@@ -43,7 +44,7 @@ def _train(cfg: RunConfig, world: World) -> int:
     from dsvl_train.training import checkpoint
     from dsvl_train.training.callbacks import default_callbacks
     from dsvl_train.training.interrupt import StopRequest
-    from dsvl_train.training.setup import build_trainable, check_processor
+    from dsvl_train.training.setup import build_trainable, check_processor, choose_division
     from dsvl_train.training.step import TrainStep
     from dsvl_train.training.trainer import Trainer
 
@@ -53,7 +54,7 @@ def _train(cfg: RunConfig, world: World) -> int:
     resume_from = _checkpoint_to_resume(cfg, run_dir)
     data = _open_data(cfg, world)
     check_processor(cfg.model, data.processor)
-    model = build_model(cfg.model, cfg.stage, cfg.parallel, world, cfg.run.seed)
+    model = build_model(cfg.model, cfg.stage, cfg.parallel, world, cfg.run.seed, choose_division(cfg))
     if resume_from is None:
         _load_initial_weights(cfg, world, model)
     chunks, optimiser = build_trainable(cfg, world, model)
@@ -89,6 +90,8 @@ def _open_data(cfg: RunConfig, world: World) -> DataPipeline:
             dp_rank=world.dp_rank,
             dp_size=world.dp_size,
             build_index=measure,
+            sharing=_data_sharing(world),
+            pin_memory=world.device.type == "cuda",
         )
 
     if world.is_main:
@@ -97,6 +100,24 @@ def _open_data(cfg: RunConfig, world: World) -> DataPipeline:
         return data
     dist.barrier()
     return build(measure=False)
+
+
+def _data_sharing(world: World) -> Sharing | None:
+    """Tensor- and pipeline-parallel peers share one read; the first pipeline rank's need pixels."""
+    from megatron.core import parallel_state
+
+    from dsvl_train.data.sharing import Sharing
+
+    group = parallel_state.get_model_parallel_group()
+    if group.size() == 1:
+        return None
+    holds_vision = parallel_state.is_pipeline_first_stage()
+    return Sharing(
+        group=group,
+        reader=parallel_state.get_model_parallel_src_rank(),
+        device=world.device,
+        pixel_group=parallel_state.get_tensor_model_parallel_group() if holds_vision else None,
+    )
 
 
 def _checkpoint_to_resume(cfg: RunConfig, run_dir: Path) -> Path | None:

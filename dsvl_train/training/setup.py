@@ -5,15 +5,29 @@ from __future__ import annotations
 import sys
 from fnmatch import fnmatchcase
 
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from dsvl_train.config.schema import ModelConfig, RunConfig
 from dsvl_train.data.processor import Processor
+from dsvl_train.models.costs import layer_costs, usual_tiles
 from dsvl_train.models.vision import STORED_ONLY
-from dsvl_train.models.vlm import VisionLanguageModel
+from dsvl_train.models.vlm import VisionLanguageModel, whole_model_name
+from dsvl_train.parallel.division import Division, plan_division
 from dsvl_train.parallel.startup import World
 from dsvl_train.training.optimiser import ModalityOptimiser
 from dsvl_train.training.stages import apply_policy, format_summary, resolve_policy, summary
+
+
+def choose_division(cfg: RunConfig) -> Division | None:
+    """Which layers each pipeline rank holds, from the costs of the layers and the run's share of text steps; None without a pipeline."""
+    parallel, data = cfg.parallel, cfg.data
+    if parallel.pp == 1:
+        return None
+    tokens = data.micro_batch_size * data.seq_len
+    costs = layer_costs(cfg.model, tokens, usual_tiles(cfg.model, tokens))
+    return plan_division(costs, parallel.pp, parallel.vpp, parallel.vision_division, text_share=data.text_ratio, group=parallel.group)
 
 
 def build_trainable(
@@ -25,22 +39,43 @@ def build_trainable(
         ValueError: the stage's policy does not fit the model, or a text step would train nothing.
     """
     parameters = dict(model.named_parameters())
-    multipliers = resolve_policy(parameters, cfg.stage.policy)
-    multipliers |= {name: None for name in parameters if any(fnmatchcase(name, glob) for glob in STORED_ONLY)}
+    sizes = _sizes_over_pipeline({name: parameter.numel() for name, parameter in parameters.items()})
+    multipliers = resolve_policy(sizes, cfg.stage.policy)
+    multipliers |= {name: None for name in sizes if any(fnmatchcase(name, glob) for glob in STORED_ONLY)}
     apply_policy(parameters, multipliers)
-    if cfg.data.text_ratio > 0 and not any(p.requires_grad for p in model.language.parameters()):
+    if cfg.data.text_ratio > 0 and not any(m is not None for name, m in multipliers.items() if name.startswith("language.")):
         raise ValueError(
             f"data.text_ratio={cfg.data.text_ratio:g} plans text steps, but stage.policy freezes the language model, so they would train "
             "nothing; set data.text_ratio=0 or unfreeze it"
         )
+    model.vision.tower_trains = _trains_up_to_here(model)
     if world.is_main:
-        sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         print(format_summary(summary(sizes, multipliers)), file=sys.stderr, flush=True)
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
-    chunks = {name: DistributedDataParallel(model.config, ddp_config, chunk) for name, chunk in model.chunks.items()}
+    chunks = {name: DistributedDataParallel(chunk.config, ddp_config, chunk) for name, chunk in model.chunks.items()}
     for chunk in chunks.values():
         chunk.train()
-    return chunks, ModalityOptimiser(cfg.optim, chunks, multipliers, world.params_dtype)
+    by_chunk = {
+        key: {name: multipliers[whole_model_name(chunk, name)] for name, _ in chunk.named_parameters()}
+        for key, chunk in model.chunks.items()
+    }
+    return chunks, ModalityOptimiser(cfg.optim, chunks, by_chunk, world.params_dtype)
+
+
+def _trains_up_to_here(model: VisionLanguageModel) -> bool:
+    """Whether a parameter of the vision tower trains on this pipeline rank or an earlier one."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    trains = [False] * group.size()
+    dist.all_gather_object(trains, any(p.requires_grad for p in model.vision.vision.parameters()), group=group)
+    return any(trains[: group.rank() + 1])
+
+
+def _sizes_over_pipeline(mine: dict[str, int]) -> dict[str, int]:
+    """Elements of every parameter of the model's pipeline, by whole-model name: a stage's policy speaks of the whole model."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    everyone: list[dict[str, int]] = [{} for _ in range(group.size())]
+    dist.all_gather_object(everyone, mine, group=group)
+    return {name: size for rank in everyone for name, size in rank.items()}
 
 
 def check_processor(model: ModelConfig, processor: Processor) -> None:

@@ -20,13 +20,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from dsvl_train.config.schema import RunConfig
 from dsvl_train.data.batch import IGNORE_INDEX, MicroBatch, Modality, StepBatch
-from dsvl_train.models.vlm import VisionLanguageModel
+from dsvl_train.models.vlm import VisionChunk, VisionLanguageModel
+from dsvl_train.parallel.pipeline import run_pipeline
 from dsvl_train.parallel.startup import World
+from dsvl_train.parallel.tile_exchange import TileRoute
+from dsvl_train.parallel.tile_plan import encoded_tiles, plan_exchanges
 from dsvl_train.training.optimiser import ModalityOptimiser
 
 MOST_TILES = 18
@@ -61,11 +63,19 @@ class TrainStep:
     ) -> None:
         self.cfg, self.world, self.model, self.chunks, self.optimiser, self.sources = cfg, world, model, chunks, optimiser, sources
         self.routers = model.routers()
-        self._speaks_for_batch = parallel_state.get_tensor_model_parallel_rank() == 0  # TP ranks hold the same batch
+        # tensor- and pipeline-parallel ranks hold the same batch; of them, the last pipeline rank has the losses
+        first_of_tp = parallel_state.get_tensor_model_parallel_rank() == 0
+        self._speaks_for_batch = first_of_tp and parallel_state.is_pipeline_first_stage()
+        self._speaks_for_loss = first_of_tp and parallel_state.is_pipeline_last_stage()
         self._loss_sum_c = torch.zeros(len(sources), dtype=torch.float64, device=world.device)
         self._supervised_c = torch.zeros(len(sources), dtype=torch.float64, device=world.device)
-        model.config.finalize_model_grads_func = self._finalise_gradients
+        for chunk in model.chunks.values():
+            chunk.config.finalize_model_grads_func = self._finalise_gradients
         self._modality: Modality = "text"
+        self._imbalance_encoded: float | None = None
+        moe = cfg.model.language.moe
+        self._moe_layers = range(0) if moe is None else range(moe.dense_layers, cfg.model.language.layers)
+        self._no_load_e = torch.zeros(0 if moe is None else moe.routed_experts, dtype=torch.float64, device=world.device)
 
     def __call__(self, batch: StepBatch, learning_rate: float, stop_requested: bool) -> tuple[dict[str, Any], BatchCounts]:
         """Run the step. Returns its metrics (the same on every rank) and the batch's counts.
@@ -84,6 +94,7 @@ class TrainStep:
         return metrics | {
             "grad_norm": grad_norm,
             "lr": rates,
+            **({} if self._imbalance_encoded is None else {"tile_imbalance_encoded": self._imbalance_encoded}),
             "step_s": seconds,
             "tokens_per_s": counts.tokens / seconds,
             "tiles_per_s": counts.tiles / seconds,
@@ -111,33 +122,48 @@ class TrainStep:
     def _forward_backward(self, batch: StepBatch, counts: BatchCounts) -> None:
         self._loss_sum_c.zero_()
         self._supervised_c.zero_()
-        for router in self.routers:
+        for router in self.routers.values():
             router.reset_statistics()
             router.tokens_of_global_batch = max(counts.tokens, 1)
         for chunk in self._active_chunks():
             chunk.zero_grad_buffer()
         self.optimiser.zero_grad(batch.modality)
-        get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, supervised_tokens=max(counts.supervised_tokens, 1)),
-            data_iterator=iter(batch.micro_batches),
-            model=[self.chunks["language"]],
-            num_microbatches=len(batch.micro_batches),
-            seq_length=self.cfg.data.seq_len,
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        forward_step = partial(self._forward_step, supervised_tokens=max(counts.supervised_tokens, 1))
+        routed = list(zip(batch.micro_batches, self._tile_routes(batch), strict=True))
+        run_pipeline(forward_step, self._pipeline_chunks(), routed, group=self.cfg.parallel.group)
+
+    def _tile_routes(self, batch: StepBatch) -> list[TileRoute | None]:
+        """How each micro-batch's tiles travel; None = every rank encodes what it has."""
+        self._imbalance_encoded = None
+        parallel = self.cfg.parallel
+        balance = parallel.tile_balance and self.world.dp_size > 1
+        shard = parallel.vision_tp == "shard" and parallel.tp > 1
+        if batch.modality == "text" or not (balance or shard):
+            return [None] * len(batch.micro_batches)
+        if not balance:
+            return [TileRoute(shard=shard)] * len(batch.micro_batches)
+        mine = torch.tensor([micro.tiles for micro in batch.micro_batches], device=self.world.device)
+        tiles_rm = [torch.empty_like(mine) for _ in range(self.world.dp_size)]
+        dist.all_gather(tiles_rm, mine, group=parallel_state.get_data_parallel_group())
+        exchanges = plan_exchanges(torch.stack(tiles_rm, dim=1).tolist())
+        encoded = encoded_tiles(exchanges)
+        self._imbalance_encoded = max(encoded) * len(encoded) / max(sum(encoded), 1)
+        return [TileRoute(exchange, shard) for exchange in exchanges]
 
     def _forward_step(
-        self, micro_batches: Iterator[MicroBatch], language: DistributedDataParallel, supervised_tokens: int
+        self, micro_batches: Iterator[tuple[MicroBatch, TileRoute | None]], chunk: DistributedDataParallel, supervised_tokens: int
     ) -> tuple[Tensor, Any]:
-        """Megatron's schedule calls this once per micro-batch."""
-        micro = next(micro_batches)
+        """Megatron's schedule calls this once per micro-batch and chunk of the pipeline."""
+        micro, route = next(micro_batches)
+        if isinstance(chunk.module, VisionChunk):
+            return self._encode(micro, route)[:, None], None
         visual_vh = None
-        if micro.pixels_nchw is not None and micro.tiles:
-            assert micro.tiles_wh is not None
-            visual_vh = self.chunks["vision"](self._to_device(micro.pixels_nchw), micro.tiles_wh)
+        encodes_here = self.model.vision.finishes and not self.model.division.spread and chunk.module.pre_process
+        others_come = route is not None and route.exchange is not None
+        if encodes_here and (micro.tiles or others_come):
+            visual_vh = self._encode(micro, route)
         labels_t = self._to_device(micro.labels_t)
-        loss_t = language(
+        out = chunk(
             self._to_device(micro.tokens_t),
             self._to_device(micro.cu_seqlens),
             self._to_device(micro.padding_t),
@@ -145,7 +171,17 @@ class TrainStep:
             visual_vh=visual_vh,
             labels_t=labels_t,
         )
-        return loss_t, partial(self._loss, micro, labels_t, supervised_tokens)
+        return out, partial(self._loss, micro, labels_t, supervised_tokens)
+
+    def _encode(self, micro: MicroBatch, route: TileRoute | None) -> Tensor:
+        """This rank's part of the encoder over the micro-batch's tiles, which may be none; later pipeline ranks have no pixels."""
+        pixels_nchw, tiles_wh = micro.pixels_nchw, micro.tiles_wh
+        if pixels_nchw is None:
+            side = self.model.vision.vision.image_size
+            pixels_nchw = torch.empty(0, 3, side, side, dtype=torch.uint8)
+        if tiles_wh is None:
+            tiles_wh = torch.empty(0, 2, dtype=torch.int64)
+        return self.chunks["vision"](self._to_device(pixels_nchw), tiles_wh, route)
 
     def _loss(
         self, micro: MicroBatch, labels_t: Tensor, supervised_tokens: int, loss_t: Tensor
@@ -162,14 +198,18 @@ class TrainStep:
 
     def _finalise_gradients(self, chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
         """Sum gradients over data-parallel ranks for the chunks that this step ran, and update the experts' selection bias."""
-        finalize_model_grads(self._active_chunks(), None, **kwargs)
+        active = self._active_chunks()
+        if parallel_state.is_pipeline_first_stage() and self._modality == "multimodal":
+            active.append(active.pop(0))  # Megatron looks for the embedding in the first chunk of the first rank, so the encoder goes last
+        finalize_model_grads(active, None, **kwargs)
 
     def _reduce_metrics(self, counts: BatchCounts) -> dict[str, Any]:
         """Losses per source and expert load, summed over ranks."""
-        speaks = float(self._speaks_for_batch)
+        speaks = float(self._speaks_for_loss)
         parts = [self._loss_sum_c * speaks, self._supervised_c * speaks]
-        for router in self.routers:
-            parts += [router.load_e, router.aux_loss.reshape(1)]
+        for layer in self._moe_layers:
+            router = self.routers.get(layer)  # None: another pipeline rank has it
+            parts += [self._no_load_e, self._no_load_e[:1]] if router is None else [router.load_e, router.aux_loss.reshape(1)]
         vector = torch.cat([part.double() for part in parts])
         dist.all_reduce(vector)
         loss_sum_c, supervised_c, *rest = vector.split([part.numel() for part in parts])
@@ -186,7 +226,13 @@ class TrainStep:
     # ----------------------------------------------------------------------------------------------------------- helpers
 
     def _active_chunks(self) -> list[DistributedDataParallel]:
-        return [self.chunks["language"]] if self._modality == "text" else list(self.chunks.values())
+        """The chunks that this step trains."""
+        return [chunk for name, chunk in self.chunks.items() if self._modality == "multimodal" or name != "vision"]
+
+    def _pipeline_chunks(self) -> list[DistributedDataParallel]:
+        """The chunks that the schedule calls; where the encoder is not a chunk of its own, the first language chunk calls it."""
+        spread = self.model.division.spread
+        return [chunk for name, chunk in self.chunks.items() if name != "vision" or (spread and self._modality == "multimodal")]
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.world.device, non_blocking=True)

@@ -24,7 +24,8 @@ LAYOUTS = [
     (1, {}),
     (2, {"tp": 2}),
     (2, {"ep": 2}),
-    (4, {"tp": 2, "ep": 2}),
+    (2, {"pp": 2}),
+    (8, {"tp": 2, "pp": 2, "ep": 2}),
 ]
 """Ranks and layout; the first is the reference. The same import, one step, the same export."""
 
@@ -43,13 +44,13 @@ def train_one_step(source: str, run_dir: str, parallel: dict[str, int], policy: 
     from dsvl_train.interop.released import is_released, open_released
     from dsvl_train.models.build import build_model
     from dsvl_train.training import checkpoint
-    from dsvl_train.training.setup import build_trainable
+    from dsvl_train.training.setup import build_trainable, choose_division
     from dsvl_train.training.step import TrainStep
 
     cfg.model = open_released(source)[0] if is_released(source) else checkpoint_model(source)
     if cfg.model.language.moe is not None and cfg.model.language.moe.expert_bias:
         cfg.stage.aux_loss_weight, cfg.stage.expert_bias_rate = 0.01, 0.01
-    model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=7)
+    model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=7, division=choose_division(cfg))
     load_any_weights(source, model, cfg.model)
     chunks, optimiser = build_trainable(cfg, world, model)
     step = TrainStep(cfg, world, model, chunks, optimiser, SOURCES)

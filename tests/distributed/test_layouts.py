@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dsvl_train.config.schema import ParamRule
 from tests.distributed.harness import run_ranks
-from tests.distributed.scenarios import train_tiny
+from tests.distributed.scenarios import count_encoded, train_tiny
 
 MODALITIES = ["multimodal", "text", "multimodal", "text"]
 
@@ -19,26 +22,126 @@ def alone() -> dict[str, dict[str, Any]]:
     return {family: run_ranks(train_tiny, 1, family, {}, MODALITIES)[0] for family in ("vl", "vl2")}
 
 
+SPREAD, FIRST_STAGE = {"vision_division": "spread"}, {"vision_division": "first_stage"}
+SHARD, BALANCE = {"vision_tp": "shard"}, {"tile_balance": True}
+EVERY_CHANGE: list[tuple[str, int, dict[str, object]]] = [
+    ("vl", 2, {}),
+    ("vl", 2, {"tp": 2}),
+    ("vl", 2, {"pp": 2} | SPREAD),
+    ("vl", 4, {"tp": 2, "pp": 2} | SPREAD | SHARD),
+    ("vl2", 2, {}),
+    ("vl2", 2, {"tp": 2} | SHARD),
+    ("vl2", 2, {"ep": 2} | BALANCE),
+    ("vl2", 2, {"pp": 2, "vpp": 3} | SPREAD),
+    ("vl2", 4, {"pp": 4} | SPREAD),
+    ("vl2", 4, {"tp": 2, "ep": 2} | SHARD | BALANCE),
+    ("vl2", 4, {"pp": 2, "ep": 2} | FIRST_STAGE | BALANCE),
+]
+"""Run with every change: each kind of parallelism, each division, sharing and balancing, and some products."""
+
+
+def _full_matrix() -> list[tuple[str, int, dict[str, object]]]:
+    """`make test-full`: every layout of both families with every way to place and share the encoder that makes a difference there."""
+    layouts: list[tuple[int, dict[str, int]]] = [
+        (2, {"tp": 2}),
+        (2, {"pp": 2}),
+        (4, {"pp": 4}),
+        (2, {"pp": 2, "vpp": 3}),
+        (2, {"ep": 2}),
+        (2, {}),
+        (4, {}),
+        (4, {"tp": 2, "pp": 2}),
+        (4, {"tp": 2, "ep": 2}),
+        (4, {"pp": 2, "ep": 2}),
+        (8, {"tp": 2, "pp": 2, "ep": 2}),
+    ]
+    cases: list[tuple[str, int, dict[str, object]]] = []
+    for family, (ranks, layout) in itertools.product(("vl", "vl2"), layouts):
+        if family == "vl" and "ep" in layout:
+            continue
+        divisions = (SPREAD, FIRST_STAGE) if "pp" in layout else ({},)
+        shares = ({}, SHARD) if "tp" in layout else ({},)
+        replicas = ranks // (layout.get("tp", 1) * layout.get("pp", 1))
+        balances = ({}, BALANCE) if replicas > 1 else ({},)
+        for division, share, balance in itertools.product(divisions, shares, balances):
+            case = (family, ranks, {**layout, **division, **share, **balance})
+            if case not in EVERY_CHANGE:
+                cases.append(case)
+    return cases
+
+
+def _name(value: object) -> str:
+    return "-".join(f"{key}={each}" for key, each in value.items()) or "dp" if isinstance(value, dict) else str(value)
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("family", "ranks", "parallel"),
-    [
-        ("vl", 2, {}),
-        ("vl", 2, {"tp": 2}),
-        ("vl2", 2, {}),
-        ("vl2", 2, {"tp": 2}),
-        ("vl2", 2, {"ep": 2}),
-        ("vl2", 4, {"tp": 2, "ep": 2}),
-    ],
-    ids=["vl-dp2", "vl-tp2", "vl2-dp2", "vl2-tp2", "vl2-ep2", "vl2-tp2-ep2-dp2"],
-)
-def test_a_layout_changes_speed_not_numbers(alone: dict[str, Any], family: str, ranks: int, parallel: dict[str, int]) -> None:
-    reference = alone[family]
-    result = run_ranks(train_tiny, ranks, family, parallel, MODALITIES)[0]
+@pytest.mark.parametrize(("family", "ranks", "parallel"), EVERY_CHANGE, ids=_name)
+def test_a_layout_changes_speed_not_numbers(alone: dict[str, Any], family: str, ranks: int, parallel: dict[str, Any]) -> None:
+    require_same_numbers(alone[family], run_ranks(train_tiny, ranks, family, parallel, MODALITIES)[0])
+
+
+@pytest.mark.distributed
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "ranks", "parallel"), _full_matrix(), ids=_name)
+def test_every_layout_gives_the_same_numbers(alone: dict[str, Any], family: str, ranks: int, parallel: dict[str, Any]) -> None:
+    require_same_numbers(alone[family], run_ranks(train_tiny, ranks, family, parallel, MODALITIES)[0])
+
+
+def require_same_numbers(reference: dict[str, Any], result: dict[str, Any]) -> None:
     for key in ("loss", "grad_norm"):
         got, want = ([record[key] for record in run["records"]] for run in (result, reference))
         np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=key)
+    assert result["updates"] == reference["updates"]
+    if "expert_load" in reference["records"][0]:
+        for key in ("expert_load", "aux_loss"):
+            np.testing.assert_allclose(result["records"][0][key], reference["records"][0][key], rtol=1e-4, err_msg=key)
     assert result["weights"].keys() == reference["weights"].keys()
     for name, want in reference["weights"].items():
         np.testing.assert_array_equal(result["initial"][name], reference["initial"][name], err_msg=f"initial {name}")
         np.testing.assert_allclose(result["weights"][name], want, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("parallel", [{"pp": 2, "vpp": 2}, {"pp": 2, **FIRST_STAGE}], ids=_name)
+def test_tied_embeddings_stay_one_weight_over_a_pipeline(parallel: dict[str, Any]) -> None:
+    tied = {"model.language.tie_embeddings": True}
+    reference, result = (run_ranks(train_tiny, ranks, "vl", layout, MODALITIES, tied)[0] for ranks, layout in ((1, {}), (2, parallel)))
+    assert "language.output_layer.weight" not in result["weights"]
+    require_same_numbers(reference, result)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("trains", "sends"),
+    [(["adaptor.*"], False), (["vision.sam.*", "adaptor.*"], True), (["vision.*"], True)],
+    ids=["stage 1", "part of the encoder", "encoder alone"],
+)
+def test_a_frozen_encoder_sends_no_gradients(trains: list[str], sends: bool) -> None:
+    """The gradients of encoder states that the second pipeline rank sends back: one per micro-batch with images, three in a step."""
+    policy = {"stage.policy": [ParamRule(pattern, 1.0) for pattern in trains] + [ParamRule("*", None)], "data.text_ratio": 0.0}
+    steps = ["multimodal", "multimodal"]
+    reference = run_ranks(train_tiny, 1, "vl", {}, steps, policy)[0]
+    ranks = run_ranks(train_tiny, 2, "vl", {"pp": 2}, steps, policy)
+    require_same_numbers(reference, ranks[0])
+    for name, initial in reference["initial"].items():
+        if not any(fnmatch.fnmatch(name, pattern) for pattern in trains):
+            np.testing.assert_array_equal(ranks[0]["weights"][name], initial, err_msg=name)
+    assert ranks[1]["encoder_gradients_sent"] == (3 * len(steps) if sends else 0)
+
+
+@pytest.mark.distributed
+def test_sharing_divides_the_encoders_work_and_balancing_evens_it() -> None:
+    """Counted at the encoder: images of 1 to 10 tiles on four data-parallel ranks, then on two tensor-parallel ones."""
+    skewed = [[10, 1, 1, 1], [9, 2, 1, 1], [1, 10, 2, 1]]  # [micro-batch][rank]
+    without, balanced = (run_ranks(count_encoded, 4, {"tile_balance": on}, skewed) for on in (False, True))
+    totals = [sum(micro[rank] for micro in skewed) for rank in range(4)]
+    assert [rank["encoded"] for rank in without] == totals
+    assert max(totals) / np.mean(totals) >= 1.5
+    encoded = [rank["encoded"] for rank in balanced]
+    assert sum(encoded) == sum(totals) and max(encoded) / np.mean(encoded) <= 1.05
+    np.testing.assert_allclose([rank["loss"] for rank in balanced], [rank["loss"] for rank in without], rtol=1e-6)
+    assert balanced[0]["tile_imbalance_encoded"] == pytest.approx(max(encoded) / np.mean(encoded))
+    one_rank = [[7], [4], [10]]
+    shared = [rank["encoded"] for rank in run_ranks(count_encoded, 2, {"tp": 2, "vision_tp": "shard"}, one_rank)]
+    assert sum(shared) == 21 and abs(shared[0] - shared[1]) <= len(one_rank)
+    assert [rank["encoded"] for rank in run_ranks(count_encoded, 2, {"tp": 2}, one_rank)] == [21, 21]

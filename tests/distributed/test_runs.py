@@ -160,11 +160,45 @@ def test_ctrl_c_under_torchrun_saves_and_the_run_goes_on(data: Path, uninterrupt
     assert losses(run_dir) == losses(uninterrupted)
 
 
-@pytest.mark.parametrize(("family", "stage"), [("vl", "pretrain"), ("vl", "sft"), ("vl2", "align")])
-def test_stages_of_both_families_run(data: Path, tmp_path: Path, family: str, stage: str) -> None:
-    done = train(overrides(data, tmp_path / "run", "run.max_steps=2", family=family, stage=stage), ranks=2)
+PIPELINE = ["parallel.tp=2", "parallel.pp=2"]
+EXPERTS = ["parallel.ep=2", "parallel.tile_balance=true"]
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "layout", "ranks"),
+    [
+        ("vl", "sft", [], 2),
+        ("vl2", "align", [], 2),
+        ("vl", "align", PIPELINE, 4),
+        ("vl2", "pretrain", PIPELINE, 4),
+        ("vl2", "sft", EXPERTS, 4),
+        pytest.param("vl", "pretrain", PIPELINE, 4, marks=FULL),
+        pytest.param("vl", "sft", PIPELINE, 4, marks=FULL),
+        pytest.param("vl2", "align", PIPELINE, 4, marks=FULL),
+        pytest.param("vl2", "sft", PIPELINE, 4, marks=FULL),
+        pytest.param("vl2", "align", EXPERTS, 4, marks=FULL),
+        pytest.param("vl2", "pretrain", EXPERTS, 4, marks=FULL),
+    ],
+)
+def test_stages_of_both_families_run(data: Path, tmp_path: Path, family: str, stage: str, layout: list[str], ranks: int) -> None:
+    done = train(overrides(data, tmp_path / "run", "run.max_steps=2", *layout, family=family, stage=stage), ranks)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("first", [PIPELINE, []], ids=["from a pipeline", "to a pipeline"])
+def test_a_run_goes_on_with_another_layout(data: Path, uninterrupted: Path, tmp_path: Path, first: list[str]) -> None:
+    """Saved on four ranks and loaded by one, and the other way; the next global batches and losses are those of the run left alone."""
+    run_dir = tmp_path / "run"
+    then = [] if first else [*PIPELINE, "parallel.vision_division=first_stage"]
+    done = train(overrides(data, run_dir, "run.stop_after=5", *first), ranks=4 if first else 1)
+    assert done.returncode == 0, done.stderr
+    done = train(overrides(data, run_dir, *then), ranks=4 if then else 1)
+    assert done.returncode == 0, done.stderr
+    for got, want in zip(losses(run_dir), losses(uninterrupted), strict=True):
+        assert got[:2] == want[:2]
+        assert got[2] == pytest.approx(want[2], rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------------- errors

@@ -13,7 +13,7 @@ from PIL import Image
 from dsvl_train.data.conversation import VlTemplate, parse_messages
 from dsvl_train.data.processor import Processor
 from dsvl_train.data.processor_folder import padding_colour
-from dsvl_train.data.tiling import decode_rgb, fill_vl_square
+from dsvl_train.data.tiling import fill_vl_square, open_image
 
 DATA = Path(__file__).parent / "data" / "vl"
 SAMPLES: list[dict[str, Any]] = json.loads((DATA / "samples.json").read_text())
@@ -50,5 +50,5 @@ def test_padded_image_equals_the_released_one(path: Path) -> None:
     expected = np.asarray(Image.open(path)).transpose(2, 0, 1)
     actual = np.empty((3, side, side), dtype=np.uint8)
     colour = padding_colour(CLIP_MEAN if side == 1024 else (0.5, 0.5, 0.5))
-    fill_vl_square(decode_rgb(Image.open(path.with_name(f"{name}.png"))), side, 14, colour, actual)
+    fill_vl_square(open_image(path.with_name(f"{name}.png"), 10**8), side, 14, colour, actual)
     np.testing.assert_array_equal(actual, expected)

@@ -183,6 +183,8 @@ def test_a_siglip_and_a_sam_as_parts_compute_the_same_here(whole: bool, world: s
 
     torch.manual_seed(2)
     model = tiny_model("vl")
+    assert model.vision.sam is not None
+    model.vision.siglip.layers, model.vision.sam.layers, model.vision.sam.global_layers = 2, 2, [1]  # as transformers_model has them
     vision = transformers_model(hybrid=True).config.vision_config.to_dict() | {"vision_use_head": True}
     if whole:
         text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
@@ -210,6 +212,6 @@ def test_a_siglip_and_a_sam_as_parts_compute_the_same_here(whole: bool, world: s
         low = normalise_pixels(resize(pixels, 32), [0.5] * 3, [0.5] * 3)
         torch.testing.assert_close(siglip_vision(low).last_hidden_state, tower(pixels)[1], rtol=0, atol=TOLERANCE)
         state = tower.sam.run(tower.sam.embed(pixels), range(2))
-        high = normalise_pixels(pixels, model.vision.sam.pixel_mean, model.vision.sam.pixel_std)  # type: ignore[union-attr]
+        high = normalise_pixels(pixels, model.vision.sam.pixel_mean, model.vision.sam.pixel_std)
         neck = tower.sam.neck(state.x_nggd.permute(0, 3, 1, 2))
         torch.testing.assert_close(sam_model(high).last_hidden_state, neck, rtol=0, atol=1e-4)

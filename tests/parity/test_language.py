@@ -200,7 +200,7 @@ def test_the_balancing_loss_is_the_released_one(name: str, lengths: list[int], w
     padding = torch.randint(0, VOCAB, (5,), generator=generator)
     inputs = packed([*pack, (padding, torch.zeros(5))])
     inputs["padding_t"][-5:] = True
-    for router in model.routers():
+    for router in model.routers().values():
         router.reset_statistics()
         router.tokens_of_global_batch = sum(lengths)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
@@ -219,7 +219,7 @@ def test_the_balancing_loss_is_the_released_one(name: str, lengths: list[int], w
         assert share == 1 / len(lengths)  # the released mean over the batch
     (weight * total).backward()
 
-    measured = torch.stack([router.aux_loss for router in model.routers()]).sum()
+    measured = torch.stack([router.aux_loss for router in model.routers().values()]).sum()
     torch.testing.assert_close(measured.float(), total.detach(), rtol=1e-5, atol=0)
     compared = compare_where_reached(model, table, reference)
     assert {f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2)} <= compared.keys()

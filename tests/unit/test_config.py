@@ -243,11 +243,7 @@ def test_config_yaml_that_does_not_fit_is_refused(tmp_path: Path, vl2: RunConfig
 @pytest.mark.parametrize(
     ("settings", "key", "words"),
     [
-        ({"parallel__pp": 2}, "parallel.pp", "not available in this version"),
-        ({"parallel__vpp": 2}, "parallel.vpp", "not available in this version"),
         ({"parallel__cp": 2}, "parallel.cp", "not available in this version"),
-        ({"parallel__vision_tp": "shard"}, "parallel.vision_tp", "only has parallel.vision_tp=recompute"),
-        ({"parallel__tile_balance": True}, "parallel.tile_balance", "only has parallel.tile_balance=false"),
         ({"engine__name": "deepspeed"}, "engine", "only has engine=megatron"),
         ({"run__max_steps": 0}, "run.max_steps", "at least 1"),
         ({"run__stop_after": 401}, "run.stop_after, run.max_steps", "401, 400"),
@@ -348,6 +344,10 @@ def test_rules_of_a_vl_run(vl: RunConfig, settings: dict[str, Any], key: str, wo
         ({"parallel__tp": 4, "model__language__ffn_width": 342}, 4, "parallel.tp, model.language.ffn_width"),
         ({"parallel__ep": 3}, 3, "parallel.ep, model.language.moe.routed_experts"),
         ({"parallel__ep": 4}, 2, "parallel.ep, processes / parallel.pp"),
+        ({"parallel__vpp": 2}, 1, "parallel.vpp"),
+        ({"parallel__pp": 5}, 5, "parallel.pp, parallel.vpp"),
+        ({"parallel__pp": 2, "parallel__vpp": 3}, 2, "parallel.pp, parallel.vpp"),
+        ({"parallel__pp": 2, "data__batch_size": 2, "data__micro_batch_size": 2}, 2, "data.batch_size, parallel.pp"),
         (
             {"parallel__ep": 2, "model__language__moe": None, "stage__aux_loss_weight": 0.0, "stage__expert_bias_rate": 0.0},
             2,

@@ -20,7 +20,7 @@ from dsvl_train.config.schema import DataConfig
 from dsvl_train.data.assemble import lay_out, shift_labels
 from dsvl_train.data.batch import IGNORE_INDEX, MicroBatch, StepBatch
 from dsvl_train.data.cursor import Cursor
-from dsvl_train.data.loader import DataPipeline, TooManyBadSamples, build_data
+from dsvl_train.data.loader import DataPipeline, DataStalled, TooManyBadSamples, build_data
 from dsvl_train.data.processor import Processor
 from dsvl_train.data.sources import ShardSource, describe_sources
 from dsvl_train.data.workers import WorkerPool
@@ -356,6 +356,59 @@ def test_no_more_is_read_ahead_than_allowed(data: Path) -> None:
         for _ in range(5):
             step = next(pipeline)
             assert pipeline._planned.step <= step.step + 2
+
+
+def test_reading_ahead_is_bounded_in_bytes_too(data: Path) -> None:
+    tight = mixture(data, workers=1, prefetch_steps=8, prefetch_gb=1e-9, text_ratio=0.0, text_warmup_steps=0)
+    with build(tight, steps=50) as pipeline:
+        for _ in range(5):
+            step = next(pipeline)
+            assert pipeline._planned.step == step.step + 1
+    for left, right in zip(collect(tight), collect(mixture(data, workers=0, text_ratio=0.0, text_warmup_steps=0)), strict=True):
+        assert_same(left, right)
+
+
+def test_a_sample_that_hangs_is_named(data: Path) -> None:
+    gate = threading.Event()
+    with build(mixture(data, workers=2, stall_s=0.3)) as pipeline:
+        source = pipeline._sources[1]
+        source.read = lambda sample: gate.wait()  # type: ignore[method-assign, assignment, return-value]
+        with pytest.raises(DataStalled, match=r"the data of step 1 .*data\.stall_s=0\.3.* books document \d+, token \d+ for \d+ s"):
+            list(pipeline)
+        gate.set()
+
+
+def test_a_task_that_tries_to_end_its_thread_ends_the_run(data: Path) -> None:
+    def leave(sample: int) -> Any:
+        raise SystemExit("enough")
+
+    with build(mixture(data, workers=1, stall_s=5)) as pipeline:
+        pipeline._sources[1].read = leave  # type: ignore[method-assign]
+        with pytest.raises(SystemExit, match="enough"):
+            list(pipeline)
+
+
+def test_a_step_is_read_in_the_order_of_its_shards_with_one_read_per_sample(data: Path) -> None:
+    cfg = mixture(data, text_ratio=0.0, text_warmup_steps=0)
+    seen: list[tuple[str, int]] = []
+    with build(cfg) as pipeline:
+        source = pipeline._sources[0]
+        assert isinstance(source, ShardSource)
+        pread = source.reader._read_exactly
+
+        def record(descriptor: int, path: str, offset: int, length: int) -> bytes:
+            seen.append((path, offset))
+            return pread(descriptor, path, offset, length)
+
+        source.reader._read_exactly = record  # type: ignore[method-assign]
+        samples = 0
+        for _ in range(STEPS):
+            seen.clear()
+            step = next(pipeline)
+            assert seen == sorted(seen)
+            assert len(seen) == sum(len(batch.source_s) for batch in step.micro_batches)
+            samples += len(seen)
+    assert samples > source.reader.opens == 3, "each of the three shards is opened once"
 
 
 def test_a_pool_cancels_what_nobody_began() -> None:

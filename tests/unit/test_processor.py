@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from dsvl_train.data.conversation import VL_SYSTEM_PROMPT
 from dsvl_train.data.errors import SampleError
 from dsvl_train.data.processor import Processor, Vl2Processor, VlProcessor, write_processor_folder
-from dsvl_train.data.tiling import fill_vl2_tiles
+from dsvl_train.data.tiling import fill_vl2_tiles, open_image
 from dsvl_train.data.tokenizer import ASSISTANT_TOKEN, BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, USER_TOKEN, train_byte_level_bpe
 
 TEXTS = ["A red circle left of a blue square.", "Which shape is larger? The circle is larger. Assistant: User:"] * 4
@@ -303,7 +303,7 @@ def test_vl2_tiles_are_rows_of_the_padded_image(processors: dict[str, Processor]
 def test_vl2_views_equal_pillow_s_padding(size: tuple[int, int], wide: int, high: int) -> None:
     image, colour = picture(*size), (127, 120, 110)
     pixels = np.empty((1 + wide * high, 3, 8, 8), dtype=np.uint8)
-    fill_vl2_tiles(image, (wide, high), 8, colour, pixels)
+    fill_vl2_tiles(open_image(image, 10**9), (wide, high), 8, colour, pixels)
     views = [ImageOps.pad(image, (8, 8), color=colour)]
     local = ImageOps.pad(image, (wide * 8, high * 8), color=colour)
     views += [local.crop((left, top, left + 8, top + 8)) for top in range(0, high * 8, 8) for left in range(0, wide * 8, 8)]
