@@ -240,6 +240,26 @@ def test_a_mistake_gives_one_clear_error(data: Path, tmp_path: Path, case: str, 
     assert done.stderr.count(words[0]) <= 2
 
 
+def test_killing_one_rank_of_a_pipeline_ends_the_others_within_seconds(data: Path, tmp_path: Path) -> None:
+    """The others wait for it in a receive; the job ends and says which rank was killed."""
+    run_dir = tmp_path / "run"
+    process = start(overrides(data, run_dir, "run.max_steps=500", *PIPELINE), ranks=4)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").is_file() or len(read_metrics(run_dir / "metrics.jsonl")) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
+    assert len(ranks) == 4
+    os.kill(ranks[2], signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 15
+    assert process.returncode not in (0, None)
+    assert "was ended by SIGKILL" in err
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
 def test_generate_answers_from_a_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
     (tmp_path / "image.png").write_bytes(picture(60, 50))
     command = [sys.executable, "-m", "dsvl_train.cli", "generate", "--model", str(uninterrupted), "--image", str(tmp_path / "image.png")]
