@@ -299,6 +299,8 @@ class ParallelConfig:
     """Where the vision encoder runs when pp > 1 (VL2 §4.2; VL §3.3)."""
     vision_tp: Literal["recompute", "shard"] = "recompute"
     """recompute: every TP rank encodes all tiles (VL §3.3). shard: each encodes a share, then gather."""
+    distributed_optimizer: bool = False
+    """Data parallel ranks keep a share of the optimiser's state each (ZeRO-1), and gather the updated weights."""
     tile_balance: bool = False
     """Exchange tiles between data parallel ranks before encoding (VL2 §4.2)."""
 

@@ -20,7 +20,7 @@ from dsvl_train.config.schema import RunConfig
 from dsvl_train.interop.native import CONFIG_FILE, LATEST_FILE, PROCESSOR_FOLDER, STATE_FILE, Box, box, model_boxes, read_boxes, write_boxes
 from dsvl_train.models.logical import logical_tensors
 from dsvl_train.models.vlm import VisionLanguageModel
-from dsvl_train.training.optimiser import MOMENTS, ModalityOptimiser
+from dsvl_train.training.optimiser import ModalityOptimiser, ParameterState
 
 
 @dataclass
@@ -48,7 +48,7 @@ def save(folder: Path, cfg: RunConfig, model: VisionLanguageModel, optimiser: Mo
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    write_boxes(unfinished, model_boxes(model) | _optimiser_boxes(model, optimiser))
+    write_boxes(unfinished, model_boxes(model) | _OptimiserTensors(model, optimiser).boxes)
     if is_main:
         _copy_processor(Path(cfg.data.processor), unfinished / PROCESSOR_FOLDER)
         (unfinished / CONFIG_FILE).write_text(to_yaml(cfg))
@@ -68,22 +68,33 @@ def load(folder: Path, model: VisionLanguageModel, optimiser: ModalityOptimiser)
     """
     state = TrainState(**json.loads((folder / STATE_FILE).read_text()))
     optimiser.create_state(state.updates)
-    read_boxes(folder, model_boxes(model) | _optimiser_boxes(model, optimiser))
+    tensors = _OptimiserTensors(model, optimiser)
+    read_boxes(folder, model_boxes(model) | tensors.boxes)
+    tensors.absorb()
     return state
 
 
-def _optimiser_boxes(model: VisionLanguageModel, optimiser: ModalityOptimiser) -> dict[str, Box]:
-    boxes: dict[str, Box] = {}
-    for tensor, local in logical_tensors(model):
-        moments = optimiser.moments(local) if isinstance(local, torch.nn.Parameter) else None
-        if moments is None:
-            continue
-        assert isinstance(local, torch.nn.Parameter)
-        boxes |= {f"optim.{moment}.{tensor.name}": box(tensor, moments[moment]) for moment in MOMENTS}
-        main = optimiser.main_param(local)
-        if main is not local:
-            boxes[f"optim.main.{tensor.name}"] = box(tensor, main)
-    return boxes
+class _OptimiserTensors:
+    """The optimiser's tensors of this rank's parameters, whole, as boxes to write or to read into."""
+
+    def __init__(self, model: VisionLanguageModel, optimiser: ModalityOptimiser) -> None:
+        self.boxes: dict[str, Box] = {}
+        self._whole: dict[int, tuple[ParameterState, dict[str, torch.Tensor]]] = {}
+        for tensor, local in logical_tensors(model):
+            if not isinstance(local, torch.nn.Parameter):
+                continue
+            if id(local) not in self._whole:  # a parameter may be several logical tensors
+                state = optimiser.state_of(local)
+                if state is None:
+                    continue
+                self._whole[id(local)] = state, state.whole(local)
+            _, whole = self._whole[id(local)]
+            self.boxes |= {f"optim.{name}.{tensor.name}": box(tensor, values) for name, values in whole.items()}
+
+    def absorb(self) -> None:
+        """Hand what was read to the optimiser."""
+        for state, whole in self._whole.values():
+            state.absorb(whole)
 
 
 def _copy_processor(source: Path, target: Path) -> None:

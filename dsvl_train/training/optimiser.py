@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -22,6 +24,8 @@ from dsvl_train.data.batch import Modality
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state tensors, shaped like their parameter."""
+MAIN = "main"
+"""The fp32 weight that is updated where the model computes in bf16."""
 
 
 class ModalityOptimiser:
@@ -30,6 +34,7 @@ class ModalityOptimiser:
     Args:
         chunks: name -> wrapped chunk, `vision` and the language chunks; every rank has the same ones, a chunk may hold nothing.
         multipliers: chunk -> parameter name in it -> factor on the learning rate, None = frozen (already without `requires_grad`).
+        distributed: data-parallel ranks keep a share of the optimiser's state each (Megatron's distributed optimiser).
     """
 
     def __init__(
@@ -38,6 +43,8 @@ class ModalityOptimiser:
         chunks: Mapping[str, DistributedDataParallel],
         multipliers: Mapping[str, Mapping[str, float | None]],
         params_dtype: torch.dtype,
+        *,
+        distributed: bool = False,
     ) -> None:
         config = OptimizerConfig(
             optimizer="adam",
@@ -49,10 +56,11 @@ class ModalityOptimiser:
             clip_grad=optim.clip_grad,
             bf16=params_dtype == torch.bfloat16,
             params_dtype=params_dtype,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=distributed,
         )
         self.peak, self.clip_grad = optim.lr, optim.clip_grad
         self._update_idle = optim.update_idle
+        self.distributed = distributed
         self._updates = {"vision": 0, "language": 0}
         self.by_chunk: dict[str, list[MegatronOptimizer]] = {
             name: get_megatron_optimizer(
@@ -66,7 +74,6 @@ class ModalityOptimiser:
             "multimodal": ChainedOptimizer(every),
             "text": ChainedOptimizer(text),
         }
-        self._main_of = {id(p): getattr(p, "main_param", p) for chunk in chunks.values() for p in chunk.parameters()}
         for group in self.param_groups():
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]
             if "fused" in group:  # torch's AdamW: one pass over each tensor, where Megatron builds the plain loop
@@ -111,17 +118,16 @@ class ModalityOptimiser:
                 if not optimiser.is_stub_optimizer:
                     yield from optimiser.optimizer.param_groups
 
-    def main_param(self, parameter: nn.Parameter) -> Tensor:
-        """The fp32 weight that is updated: the parameter itself, or its fp32 copy where the model computes in bf16."""
-        return self._main_of[id(parameter)]
-
-    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor] | None:
-        """AdamW's moments of a parameter; None where it is frozen or was never stepped."""
-        main = self.main_param(parameter)
-        for optimisers in self.by_chunk.values():
+    def state_of(self, parameter: nn.Parameter) -> ParameterState | None:
+        """AdamW's state of a parameter; None where it is frozen or was never stepped."""
+        if not parameter.requires_grad:
+            return None
+        for name, optimisers in self.by_chunk.items():
             for optimiser in optimisers:
-                if not optimiser.is_stub_optimizer and main in optimiser.optimizer.state:
-                    return optimiser.optimizer.state[main]
+                if self._updates[_part(name)] and not optimiser.is_stub_optimizer:
+                    found = _sharded_state(optimiser, parameter) if self.distributed else _plain_state(optimiser, parameter)
+                    if found is not None:
+                        return found
         return None
 
     def steps_taken(self) -> dict[str, int]:
@@ -135,6 +141,62 @@ class ModalityOptimiser:
             for optimiser in optimisers:
                 if steps[_part(name)] and not optimiser.is_stub_optimizer:
                     _create_state(optimiser.optimizer, steps[_part(name)])
+
+
+@dataclass
+class ParameterState:
+    """The optimiser's tensors of a parameter, or this rank's share of them: a range of the flattened parameter."""
+
+    tensors: dict[str, Tensor]
+    """`exp_avg`, `exp_avg_sq`, and `main`, the fp32 weight, where the model computes in another precision. Empty = no share here."""
+    share: tuple[int, int] | None = None
+    """None = all of it."""
+    group: dist.ProcessGroup | None = None
+    """The ranks whose shares make the whole."""
+    names: tuple[str, ...] = ()
+    """What `tensors` would hold, on every rank of the group."""
+
+    def whole(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The tensors in the parameter's shape: themselves, or put together from the group's shares. Every rank of the group calls."""
+        if self.group is None:
+            return self.tensors
+        together = {}
+        for name in self.names:
+            flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+            if self.share is not None:
+                flat[self.share[0] : self.share[1]] = self.tensors[name].view(-1)
+            dist.all_reduce(flat, group=self.group)
+            together[name] = flat.view(parameter.shape)
+        return together
+
+    def absorb(self, whole: Mapping[str, Tensor]) -> None:
+        """Take this rank's share out of whole tensors."""
+        if self.group is not None and self.share is not None:
+            for name, tensor in self.tensors.items():
+                tensor.view(-1).copy_(whole[name].view(-1)[self.share[0] : self.share[1]])
+
+
+def _plain_state(optimiser: MegatronOptimizer, parameter: nn.Parameter) -> ParameterState | None:
+    main = getattr(parameter, "main_param", parameter)
+    if main not in optimiser.optimizer.state:
+        return None
+    tensors = {moment: optimiser.optimizer.state[main][moment] for moment in MOMENTS}
+    return ParameterState(tensors if main is parameter else tensors | {MAIN: main})
+
+
+def _sharded_state(optimiser: Any, parameter: nn.Parameter) -> ParameterState | None:
+    """From Megatron's distributed optimiser, which flattens all parameters into buffers and gives each rank a stretch of them."""
+    in_buffers = any(parameter in bucket.params for buffer in optimiser.buffers for bucket in buffer.buckets)
+    if not in_buffers:
+        return None
+    names = MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MAIN)
+    if parameter not in optimiser.model_param_gbuf_map:
+        return ParameterState({}, None, optimiser.data_parallel_group, names)
+    group, place = optimiser.model_param_group_index_map[parameter]
+    main = optimiser.optimizer.param_groups[group]["params"][place]
+    tensors = {moment: optimiser.optimizer.state[main][moment] for moment in MOMENTS} | ({MAIN: main} if MAIN in names else {})
+    held = optimiser._get_model_param_range_map(parameter)["param"]
+    return ParameterState(tensors, (held.start, held.end), optimiser.data_parallel_group, names)
 
 
 def _part(chunk: str) -> str:

@@ -51,7 +51,8 @@ def build_trainable(
     model.vision.tower_trains = _trains_up_to_here(model)
     if world.is_main:
         print(format_summary(summary(sizes, multipliers)), file=sys.stderr, flush=True)
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    distributed = cfg.parallel.distributed_optimizer
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed)
     chunks = {name: DistributedDataParallel(chunk.config, ddp_config, chunk) for name, chunk in model.chunks.items()}
     for chunk in chunks.values():
         chunk.train()
@@ -59,7 +60,7 @@ def build_trainable(
         key: {name: multipliers[whole_model_name(chunk, name)] for name, _ in chunk.named_parameters()}
         for key, chunk in model.chunks.items()
     }
-    return chunks, ModalityOptimiser(cfg.optim, chunks, by_chunk, world.params_dtype)
+    return chunks, ModalityOptimiser(cfg.optim, chunks, by_chunk, world.params_dtype, distributed=distributed)
 
 
 def _trains_up_to_here(model: VisionLanguageModel) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import itertools
+import operator
 from typing import Any
 
 import numpy as np
@@ -23,18 +25,18 @@ def alone() -> dict[str, dict[str, Any]]:
 
 
 SPREAD, FIRST_STAGE = {"vision_division": "spread"}, {"vision_division": "first_stage"}
-SHARD, BALANCE = {"vision_tp": "shard"}, {"tile_balance": True}
+SHARD, BALANCE, ZERO = {"vision_tp": "shard"}, {"tile_balance": True}, {"distributed_optimizer": True}
 EVERY_CHANGE: list[tuple[str, int, dict[str, object]]] = [
     ("vl", 2, {}),
     ("vl", 2, {"tp": 2}),
     ("vl", 2, {"pp": 2} | SPREAD),
     ("vl", 4, {"tp": 2, "pp": 2} | SPREAD | SHARD),
-    ("vl2", 2, {}),
+    ("vl2", 2, ZERO),
     ("vl2", 2, {"tp": 2} | SHARD),
     ("vl2", 2, {"ep": 2} | BALANCE),
     ("vl2", 2, {"pp": 2, "vpp": 3} | SPREAD),
     ("vl2", 4, {"pp": 4} | SPREAD),
-    ("vl2", 4, {"tp": 2, "ep": 2} | SHARD | BALANCE),
+    ("vl2", 4, {"tp": 2, "ep": 2} | SHARD | BALANCE | ZERO),
     ("vl2", 4, {"pp": 2, "ep": 2} | FIRST_STAGE | BALANCE),
 ]
 """Run with every change: each kind of parallelism, each division, sharing and balancing, and some products."""
@@ -63,8 +65,9 @@ def _full_matrix() -> list[tuple[str, int, dict[str, object]]]:
         shares = ({}, SHARD) if "tp" in layout else ({},)
         replicas = ranks // (layout.get("tp", 1) * layout.get("pp", 1))
         balances = ({}, BALANCE) if replicas > 1 else ({},)
-        for division, share, balance in itertools.product(divisions, shares, balances):
-            case = (family, ranks, {**layout, **division, **share, **balance})
+        optimisers = ({}, ZERO) if replicas > 1 else ({},)
+        for options in itertools.product(divisions, shares, balances, optimisers):
+            case = (family, ranks, functools.reduce(operator.or_, options, dict(layout)))
             if case not in EVERY_CHANGE:
                 cases.append(case)
     return cases

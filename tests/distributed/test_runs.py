@@ -162,6 +162,7 @@ def test_ctrl_c_under_torchrun_saves_and_the_run_goes_on(data: Path, uninterrupt
 
 PIPELINE = ["parallel.tp=2", "parallel.pp=2"]
 EXPERTS = ["parallel.ep=2", "parallel.tile_balance=true"]
+SHARED_STATE = "parallel.distributed_optimizer=true"
 FULL = pytest.mark.full
 
 
@@ -187,11 +188,19 @@ def test_stages_of_both_families_run(data: Path, tmp_path: Path, family: str, st
     assert len(losses(tmp_path / "run")) == 2
 
 
-@pytest.mark.parametrize("first", [PIPELINE, []], ids=["from a pipeline", "to a pipeline"])
-def test_a_run_goes_on_with_another_layout(data: Path, uninterrupted: Path, tmp_path: Path, first: list[str]) -> None:
-    """Saved on four ranks and loaded by one, and the other way; the next global batches and losses are those of the run left alone."""
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (PIPELINE, []),
+        ([], [*PIPELINE, "parallel.vision_division=first_stage"]),
+        ([*EXPERTS, SHARED_STATE], PIPELINE),
+        (PIPELINE, [*EXPERTS, SHARED_STATE]),
+    ],
+    ids=["from a pipeline", "to a pipeline", "from a shared optimiser", "to a shared optimiser"],
+)
+def test_a_run_goes_on_with_another_layout(data: Path, uninterrupted: Path, tmp_path: Path, first: list[str], then: list[str]) -> None:
+    """The next global batches and losses are those of the run left alone."""
     run_dir = tmp_path / "run"
-    then = [] if first else [*PIPELINE, "parallel.vision_division=first_stage"]
     done = train(overrides(data, run_dir, "run.stop_after=5", *first), ranks=4 if first else 1)
     assert done.returncode == 0, done.stderr
     done = train(overrides(data, run_dir, *then), ranks=4 if then else 1)

@@ -53,7 +53,8 @@ class Bench:
         """Every weight, buffer and moment."""
         state = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         for name, parameter in self.model.named_parameters():
-            for key, value in (self.optimiser.moments(parameter) or {}).items():
+            stored = self.optimiser.state_of(parameter)
+            for key, value in stored.tensors.items() if stored else ():
                 state[f"{key} {name}"] = value.detach().clone()
         for index, router in enumerate(self.model.routers().values()):
             if router.expert_bias is not None:
@@ -280,7 +281,7 @@ def test_bf16_keeps_fp32_main_weights_and_resumes(world: startup.World, family: 
     got, want = (b.run("multimodal", "text", "multimodal") for b in (bench, reference))
     assert [r["loss"] for r in got] == pytest.approx([r["loss"] for r in want], rel=0.02)
     weight = bench.model.language.language.output_layer.weight
-    main = bench.optimiser.main_param(weight)
+    main = bench.optimiser.state_of(weight).tensors["main"]
     assert weight.dtype == torch.bfloat16
     assert main.dtype == torch.float32
     assert not torch.equal(main, weight.float())
@@ -292,7 +293,7 @@ def test_bf16_keeps_fp32_main_weights_and_resumes(world: startup.World, family: 
     checkpoint.load(folder, restored.model, restored.optimiser)
     restored.done = bench.done
     assert [r["loss"] for r in restored.run("multimodal", "text")] == [r["loss"] for r in bench.run("multimodal", "text")]
-    assert torch.equal(restored.optimiser.main_param(restored.model.language.language.output_layer.weight), main)
+    assert torch.equal(restored.optimiser.state_of(restored.model.language.language.output_layer.weight).tensors["main"], main)
 
 
 TRAINED = {
