@@ -20,6 +20,9 @@ from dsvl_train.data.tokenizer import train_byte_level_bpe
 from dsvl_train.reporting.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
+PIPELINE = ["parallel.tp=2", "parallel.pp=2"]
+EXPERTS = ["parallel.ep=2", "parallel.tile_balance=true"]
+SHARED_STATE = "parallel.distributed_optimizer=true"
 ANSWERS = ["zero", "one", "two", "three", "four", "five"]
 
 
@@ -139,6 +142,16 @@ def test_stop_after_and_resume_continue_the_same_loss_curve(data: Path, uninterr
     assert losses(run_dir) == losses(uninterrupted)
 
 
+def test_a_shared_optimiser_in_bf16_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    """The fp32 weights and moments that only one rank each holds come back to it."""
+    half = ["engine.precision=bf16", SHARED_STATE]
+    for name, parts in (("straight", [[]]), ("stopped", [["run.stop_after=5"], []])):
+        for part in parts:
+            done = train(overrides(data, tmp_path / name, *half, *part), ranks=2)
+            assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+
+
 def test_ctrl_c_under_torchrun_saves_and_the_run_goes_on(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     long = ["run.max_steps=8", "checkpoint.every=100"]
@@ -160,9 +173,6 @@ def test_ctrl_c_under_torchrun_saves_and_the_run_goes_on(data: Path, uninterrupt
     assert losses(run_dir) == losses(uninterrupted)
 
 
-PIPELINE = ["parallel.tp=2", "parallel.pp=2"]
-EXPERTS = ["parallel.ep=2", "parallel.tile_balance=true"]
-SHARED_STATE = "parallel.distributed_optimizer=true"
 FULL = pytest.mark.full
 
 
