@@ -204,7 +204,7 @@ def test_every_global_batch_of_a_long_tailed_set_is_full_and_balanced_by_plannin
 
 
 def test_new_weights_hold_from_the_next_step_and_old_draws_come_back() -> None:
-    """`a` is switched off in the middle of a window: the next step has none of it. What was drawn and not used comes when it is on again."""
+    """`a` is switched off within a window: the next step has none of it. What was drawn and not used comes when it is on again."""
     sources = [MadeSource("a", "multimodal", [16] * 40), MadeSource("b", "multimodal", [16] * 40)]
     state, plans = None, []
     for of_a, of_b, steps, expected in ((1.0, 1.0, 1, {0, 1}), (0.0, 1.0, 1, {1}), (1.0, 0.0, 1, {0}), (1.0, 1.0, 12, {0, 1})):
