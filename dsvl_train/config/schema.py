@@ -254,8 +254,10 @@ class DataConfig:
     """Threads that read and decode ahead; 0 reads in the training thread. Never changes the batches."""
     prefetch_steps: int = 2
     """Global batches prepared ahead at most."""
+    index_dir: str | None = None
+    """Folder for indexes, seen by all ranks; null = beside the shards."""
     max_bad_fraction: float = 0.01
-    """Stop the run when more than this share of the samples seen was bad (and more than 10 were)."""
+    """Stop the run when more than this share of the samples seen so far, on all ranks, was bad (and more than 10 were)."""
     max_image_pixels: int = 178_956_970
     """Images with more pixels than this are refused as decompression bombs."""
 

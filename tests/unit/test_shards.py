@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from dsvl_train.data.errors import SampleError
 from dsvl_train.data.sample import Sample, find_images, parse_sample
-from dsvl_train.data.shards import Member, ShardReader, ShardWriter, expand_shards, group_members, scan_tar, split_name
+from dsvl_train.data.shards import ShardReader, ShardWriter, expand_shards
+from dsvl_train.data.tar_scan import Member, group_members, scan_tar, split_name
 
 MESSAGES = [{"role": "user", "content": "<image> What?"}, {"role": "assistant", "content": "Ünïcode 7."}]
 
