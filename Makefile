@@ -1,6 +1,7 @@
 # setup   .venv with everything the tests and the demo need (once)
 # demo    train, evaluate and report the small model: make demo MODEL=vl2|vl SEED=0 NPROC=2 ROOT=runs/demo
 # test    ruff, then all tests; ends with a line that counts them. test-quick leaves the multi-process ones out
+# fuzz    ten thousand corrupted shards against the reader; the tests run a thousand
 # lint    ruff and the type checker; format rewrites the files as ruff likes them
 # bench   everything timed
 # clean   remove caches and builds; runs/ and .venv stay
@@ -17,7 +18,7 @@ ROOT ?= runs/demo
 PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
 	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: setup demo test test-quick lint format bench clean
+.PHONY: setup demo test test-quick fuzz lint format bench clean
 
 setup: $(STAMP)
 
@@ -39,6 +40,9 @@ test: setup
 
 test-quick: setup
 	@$(BIN)/python tests/run.py --quick
+
+fuzz: setup
+	@$(BIN)/python -m tests.fuzz_shards --shards 10000
 
 lint: setup
 	@$(BIN)/ruff check .

@@ -20,6 +20,9 @@ _LONGEST_NAME_RECORD = 1 << 20
 _WITHOUT_CONTENT = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
 _NAME_RECORDS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 _LONGEST_NUMBER = 20
+"""Digits of a size in a pax header at most."""
+_MAP_GOES_ON, _MAP_STILL_GOES_ON = 482, 504
+"""Bytes of a sparse file's header, and of the blocks of its map, that say whether a block of the map follows."""
 SEARCH_BYTES = 256 << 20
 """Bytes of a shard that are searched for valid headers after damage, all places together: bounds the time that a damaged file takes."""
 _CHUNK = 1 << 20
@@ -141,12 +144,16 @@ class _Scanner:
 
     def _step(self, header: bytes, at: int) -> int:
         """Take in one header; returns where the next one is."""
+        if not header:
+            raise _Broken("the file ends without an end-of-archive mark")
+        if not _has_checksum(header):  # which frombuf takes for 0, and one block in thousands has that sum
+            raise _Broken("not a tar header: no checksum")
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")
         except tarfile.HeaderError as error:
-            raise _Broken(f"not a tar header: {error}" if header else "the file ends without an end-of-archive mark") from error
-        start = at + BLOCK
-        length = info.size if self.next_size is None else self.next_size
+            raise _Broken(f"not a tar header: {error}") from error
+        start = at + BLOCK if info.type != tarfile.GNUTYPE_SPARSE else self._after_map(header, at)
+        length = info.size if self.next_size is None or info.type in _NAME_RECORDS else self.next_size
         if info.type in _WITHOUT_CONTENT:
             length = 0
         if length < 0 or start + length > self.size:
@@ -156,10 +163,18 @@ class _Scanner:
                 raise _Broken(f"a name record of {length} bytes")
             self._remember(info.type, os.pread(self.descriptor, length, start))
         else:
-            if info.isreg() and not info.issparse() and not self.next_sparse:
+            if info.isreg() and info.type != tarfile.GNUTYPE_SPARSE and not self.next_sparse:
                 self.members.append(Member(info.name if self.next_name is None else self.next_name, start, length))
             self._forget()
         return start + -(-length // BLOCK) * BLOCK
+
+    def _after_map(self, header: bytes, at: int) -> int:
+        """Where the content of a file with holes begins: its map may go on in blocks of their own."""
+        more = header[_MAP_GOES_ON]
+        while more and at < self.size:
+            at += BLOCK
+            more = (os.pread(self.descriptor, BLOCK, at) + _ZEROS)[_MAP_STILL_GOES_ON]
+        return at + BLOCK
 
     def _remember(self, kind: bytes, record: bytes) -> None:
         """What a name record says of the next member. Those for all members (`XGLTYPE`) and for links say nothing that is needed."""
@@ -194,7 +209,7 @@ class _Scanner:
             chunk = os.pread(self.descriptor, _CHUNK, at)
             self.searched += len(chunk)
             for start in range(0, len(chunk) - BLOCK + 1, BLOCK):
-                if _may_be_header(chunk, start):
+                if _has_checksum(chunk, start):
                     try:
                         tarfile.TarInfo.frombuf(chunk[start : start + BLOCK], "utf-8", "backslashreplace")
                     except tarfile.HeaderError:
@@ -204,9 +219,9 @@ class _Scanner:
         return None
 
 
-def _may_be_header(chunk: bytes, start: int) -> bool:
-    """A cheap look before the checksum is computed: its field holds octal digits."""
-    return chunk[start + 148 : start + 154].strip(b" \0").isdigit()
+def _has_checksum(chunk: bytes, start: int = 0) -> bool:
+    """Whether a header's checksum field holds digits: a cheap look before the sum is computed."""
+    return chunk[start + 148 : start + 156].partition(b"\0")[0].strip().isdigit()
 
 
 def _pax_records(raw: bytes) -> dict[str, str]:
