@@ -9,6 +9,7 @@ want the same index build it once: the second waits for the first.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -103,7 +104,9 @@ def open_index(
             if index is None:
                 log.info("%s=%s: indexing %d shards (%s)", setting, pattern, len(shards), problem or "there is no index yet")
                 index = build_index(shards, processor, path, workers=workers)
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         raise OSError(
             f"{setting}={pattern}: the index cannot be written to {path.parent} ({error.strerror}); set data.index_dir (--index-dir) to a "
             f"folder that all ranks can read, or run this where it can be written: {command}"
