@@ -2,6 +2,7 @@
 # demo    train, evaluate and report the small model: make demo MODEL=vl2|vl SEED=0 NPROC=4 ROOT=runs/demo
 # test    ruff, then all tests; ends with a line that counts them. test-quick leaves the multi-process ones out,
 #         test-full adds the whole matrix of layouts (about an hour on 4 cores)
+# fuzz    ten thousand corrupted shards against the reader; the tests run a thousand
 # lint    ruff and the type checker; format rewrites the files as ruff likes them
 # bench   everything timed
 # clean   remove caches and builds; runs/ and .venv stay
@@ -18,7 +19,7 @@ ROOT ?= runs/demo
 PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
 	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: setup demo test test-quick test-full lint format bench clean
+.PHONY: setup demo test test-quick test-full fuzz lint format bench clean
 
 setup: $(STAMP)
 
@@ -43,6 +44,9 @@ test-quick: setup
 
 test-full: setup
 	@$(BIN)/python tests/run.py --full
+
+fuzz: setup
+	@$(BIN)/python -m tests.fuzz_shards --shards 10000
 
 lint: setup
 	@$(BIN)/ruff check .

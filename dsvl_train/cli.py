@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsvl_train.commands import convert, encode, generate, score
+from dsvl_train.commands import convert, data, encode, generate, score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,13 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     convert.add(commands)
     _add_eval(commands)
     _add_report(commands)
-    _add_data(commands)
+    data.add(commands)
     arguments = parser.parse_args(argv)
     # torch's threads would spin between operations, which on a busy machine makes small models ten times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return arguments.run(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("DSVL_TRACEBACK") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -99,40 +98,6 @@ def _report(arguments: argparse.Namespace) -> int:
 
     page = report([Path(run) for run in arguments.runs], Path(arguments.out), parse_evaluations(arguments.eval))
     print(page)
-    return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------- data
-
-
-def _add_data(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("data", help="prepare and check data")
-    actions = parser.add_subparsers(dest="action", required=True)
-    index = actions.add_parser("index", help="measure every sample of shards, so that batches can be planned before they are read")
-    index.add_argument("shards", help="a folder of .tar files, a glob, or a brace pattern; a path or a URL (s3://, https://)")
-    index.add_argument("--processor", required=True, help="folder of tokenizer.json and processor_config.json")
-    index.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    index.add_argument("--index-dir", help="folder for the index (data.index_dir); default: beside the shards")
-    index.set_defaults(run=_data_index)
-
-
-def _data_index(arguments: argparse.Namespace) -> int:
-    from dsvl_train.data.index import open_index
-    from dsvl_train.data.processor import Processor
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    processor = Processor.from_folder(arguments.processor)
-    index = open_index(
-        arguments.shards,
-        processor,
-        setting="SHARDS",
-        processor_folder=arguments.processor,
-        workers=arguments.workers,
-        index_dir=arguments.index_dir,
-    )
-    print(f"{len(index)} samples, {len(index.skipped)} skipped")
-    for skipped in index.skipped[:20]:
-        print(f"skipped {skipped.shard} {skipped.key}: {skipped.kind}: {skipped.reason}")
     return 0
 
 

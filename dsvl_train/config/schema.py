@@ -272,7 +272,7 @@ class DataConfig:
     unreachable: Literal["stop", "skip"] = "stop"
     """A remote shard that cannot be read then: stop the run, or skip: a bad sample, counted as such."""
     max_bad_fraction: float = 0.01
-    """Stop the run when more than this share of the samples seen was bad (and more than 10 were)."""
+    """Stop the run when more than this share of the samples seen so far, on all ranks, was bad (and more than 10 were)."""
     max_image_pixels: int = 178_956_970
     """Images with more pixels than this are refused as decompression bombs."""
 

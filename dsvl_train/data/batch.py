@@ -10,6 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from dsvl_train.data.bad_samples import BadSample
+
 IGNORE_INDEX = -100
 """Label of a position that is not supervised."""
 
@@ -62,5 +64,12 @@ class StepBatch:
     """Tokens over capacity of the global batch's sequences (1 when not packing)."""
     tiles_per_rank: list[int] = field(default_factory=list)
     """Tiles planned for each data-parallel rank."""
-    bad_samples: int = 0
+    bad: list[BadSample] = field(default_factory=list)
     """Samples of this rank's share that were replaced by masked padding in this step."""
+    first_seen: int = 0
+    """Samples of the global batch that no step before this one held."""
+
+    @property
+    def bad_samples(self) -> int:
+        """How many of this rank's share were replaced."""
+        return len(self.bad)

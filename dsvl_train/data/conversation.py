@@ -62,11 +62,14 @@ class TokenisedText:
         ids: token ids.
         supervised: for each id, whether the loss counts it (images are taken out later, whatever is said here).
         image_at: positions in `ids` of the images, in order.
+        turn_at: position in `ids` where each message begins; the first is 0, so what stands before it (bos, a system prompt that the
+            template adds) belongs to the first message.
     """
 
     ids: list[int]
     supervised: list[bool]
     image_at: list[int]
+    turn_at: list[int]
 
     def add(self, ids: Sequence[int], *, supervised: bool) -> None:
         self.ids.extend(ids)
@@ -133,7 +136,7 @@ def tokenise_document(content: str, tokenizer: Tokenizer, image_count: int, *, i
         SampleError: `image_count`.
     """
     check_image_count(content.count(tokenizer.image_token), image_count, tokenizer.image_token)
-    text = TokenisedText([], [], [])
+    text = TokenisedText([], [], [], [0])
     text.add([tokenizer.bos_id], supervised=True)
     _add_text_with_images(text, content, tokenizer, supervised=True)
     if not inference:
@@ -187,9 +190,10 @@ class Vl2Template:
         check_image_count(tags, image_count, tokenizer.image_token)
 
         prompts_count = not self._mask_prompt
-        text = TokenisedText([], [], [])
+        text = TokenisedText([], [], [], [])
         text.add([tokenizer.bos_id], supervised=True)
         for message in messages:
+            text.turn_at.append(len(text.ids) if text.turn_at else 0)
             content = message.content.strip()
             if message.role == "system":
                 text.add(tokenizer.encode(content), supervised=prompts_count)
@@ -241,33 +245,35 @@ class VlTemplate:
         tokenizer = self._tokenizer
         if messages[0].role == "document":
             return tokenise_document(messages[0].content, tokenizer, image_count, inference=inference)
-        flat, answers = self.render(messages)
+        flat, answers, starts = self.render(messages)
         check_image_count(flat.count(tokenizer.image_token), image_count, tokenizer.image_token)
         ids, offsets = tokenizer.encode_with_offsets(flat)
         image_at = np.flatnonzero(np.asarray(ids, dtype=np.int64) == tokenizer.image_id) + len(tokenizer.prefix_ids)
         check_image_count(len(image_at), image_count, tokenizer.image_token)
-        text = TokenisedText([], [], image_at.tolist())
+        turn_at = [0, *(len(tokenizer.prefix_ids) + first for first in _first_at(offsets, starts[1:]))]
+        text = TokenisedText([], [], image_at.tolist(), turn_at)
         text.add(tokenizer.prefix_ids, supervised=not self._mask_prompt)
         text.ids.extend(ids)
         text.supervised.extend(_touching(offsets, answers) if self._mask_prompt else [True] * len(ids))
         text.add(tokenizer.suffix_ids, supervised=not self._mask_prompt)
         return text
 
-    def render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """The flat string, and the (start, end) characters of each answer with its eos.
+    def render(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]], list[int]]:
+        """The flat string, the (start, end) characters of each answer with its eos, and the first character of each message.
 
         Raises:
             SampleError: `bad_conversation` for turns that do not alternate between user and assistant, from user on.
         """
-        system = VL_SYSTEM_PROMPT
+        system, starts = VL_SYSTEM_PROMPT, []
         if messages[0].role == "system":
-            system, messages = messages[0].content, messages[1:]
+            system, messages, starts = messages[0].content, messages[1:], [0]
         roles = [message.role for message in messages]
         if any(role != ("user", "assistant")[turn % 2] for turn, role in enumerate(roles)):
             raise SampleError("bad_conversation", f"turns of a VL conversation must alternate user, assistant; the roles are {roles}")
         flat = system.lstrip() + _TURN_SEPARATOR if system.strip() else ""
         answers = []
         for message in messages:
+            starts.append(len(flat))
             content = message.content.strip()
             if message.role == "user":
                 flat += f"User: {content}{_TURN_SEPARATOR}" if content else "User:"
@@ -278,7 +284,13 @@ class VlTemplate:
                 answers.append((start, len(flat)))
             else:
                 flat += "Assistant:"
-        return flat.rstrip(), answers
+        return flat.rstrip(), answers, starts
+
+
+def _first_at(offsets: Sequence[tuple[int, int]], starts: Sequence[int]) -> list[int]:
+    """For each character, the number of the first token that begins there or after it."""
+    begins = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
+    return np.searchsorted(np.maximum.accumulate(begins), np.asarray(starts, dtype=np.int64)).tolist()
 
 
 def _touching(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

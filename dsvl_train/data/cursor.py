@@ -31,6 +31,8 @@ class StreamCursor:
     """Number of the window."""
     offset: int = 0
     """Packs of this window already used."""
+    returned: tuple[tuple[int, ...], ...] = ()
+    """Per source, ordinals that were drawn and given back unused when settings changed: they come first when the source is drawn again."""
 
     @classmethod
     def fresh(cls, names: tuple[str, ...]) -> StreamCursor:
@@ -42,6 +44,7 @@ class StreamCursor:
             "started": [[list(draw) for draw in pack] for pack in self.started],
             "window": self.window,
             "offset": self.offset,
+            "returned": [list(ordinals) for ordinals in self.returned],
         }
 
     @classmethod
@@ -54,6 +57,7 @@ class StreamCursor:
             started=tuple(tuple((int(source), int(ordinal)) for source, ordinal in pack) for pack in value["started"]),
             window=int(value["window"]),
             offset=int(value["offset"]),
+            returned=tuple(tuple(map(int, ordinals)) for ordinals in value.get("returned", [])),
         )
 
 

@@ -12,11 +12,15 @@ SampleErrorKind = Literal[
     "too_long",
     "bad_json",
     "bad_conversation",
+    "too_large",
     "unreadable",
+    "changed",
+    "plan_mismatch",
 ]
 """image_broken: bytes that do not decode. image_bomb: more pixels than allowed. image_missing: named and not there. image_count: image tags
 and images disagree. too_long: more tokens than a sequence holds. bad_json: not a sample. bad_conversation: roles or turns that the template
-does not allow. unreadable: bytes of the shard that cannot be read."""
+does not allow. too_large: a member of gigabytes. unreadable: bytes of the shard that cannot be read. changed: bytes that are not those that
+were indexed. plan_mismatch: tokens or tiles that are not what the index says."""
 
 
 class SampleError(ValueError):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -26,35 +26,30 @@ from typing import Any
 
 from dsvl_train.config.schema import DataConfig
 from dsvl_train.data.assemble import lay_out, placeholder
+from dsvl_train.data.bad_samples import BadSample
 from dsvl_train.data.batch import MicroBatch, Modality, StepBatch
 from dsvl_train.data.cursor import Cursor
-from dsvl_train.data.errors import SampleError
 from dsvl_train.data.mixing import text_share_schedule
 from dsvl_train.data.plan import GlobalBatchPlan, Pack, Planner, RankShare, SampleRef, assign, check_divides
 from dsvl_train.data.processor import Processor
 from dsvl_train.data.sharing import Sharing, receive, send, send_failure
-from dsvl_train.data.sources import SampleArrays, Source, SourceSummary, describe_sources, open_sources, summarise
+from dsvl_train.data.sources import (
+    SampleArrays,
+    Source,
+    SourceSummary,
+    check_health,
+    describe_sources,
+    open_sources,
+    read_as_planned,
+    summarise,
+)
 from dsvl_train.data.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
 
-class TooManyBadSamples(ValueError):
-    """More samples than data.max_bad_fraction allows could not be used."""
-
-
 class DataStalled(RuntimeError):
     """A batch was not ready within data.stall_s: storage hangs, or a sample takes for ever."""
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """A sample that was replaced by padding."""
-
-    kind: str
-    source: str
-    sample: str
-    reason: str
 
 
 @dataclass
@@ -79,7 +74,7 @@ class DataPipeline:
 
     Attributes:
         source_names: names of the sources, in the order of data.sources (`MicroBatch.source_s` counts in it).
-        bad_samples: dicts of kind, source, sample, reason and step; step 0 = found by the index, in no plan.
+        bad_samples: (step, sample) of this rank's share that were replaced by masked padding.
         processor: what encodes the samples.
     """
 
@@ -102,11 +97,7 @@ class DataPipeline:
         self.cfg, self.processor, self.max_steps = cfg, processor, max_steps
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.source_names = [source.name for source in sources]
-        self.bad_samples: list[dict[str, Any]] = [
-            {"kind": skipped.kind, "source": source.name, "sample": f"{skipped.shard}:{skipped.key}", "reason": skipped.reason, "step": 0}
-            for source in sources
-            for skipped in source.skipped
-        ]
+        self.bad_samples: list[tuple[int, BadSample]] = []
         self.planner = Planner(sources, cfg, seed)
         self._sources = list(sources)
         self._sharing, self._pin_memory = sharing, pin_memory
@@ -117,7 +108,6 @@ class DataPipeline:
         self._pending: deque[_Pending] = deque()
         self._yielded = Cursor()
         self._planned = Cursor()
-        self._seen = self._bad = 0
         self._closed = False
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -127,7 +117,6 @@ class DataPipeline:
         """The next step's micro-batches of this rank.
 
         Raises:
-            TooManyBadSamples: beyond data.max_bad_fraction.
             DataStalled: not ready within data.stall_s.
             ReaderFailed: the rank that reads for this one failed.
         """
@@ -150,7 +139,8 @@ class DataPipeline:
             text_ratio=step.plan.text_ratio,
             pack_fill=step.plan.fill,
             tiles_per_rank=[sum(pack.tiles for packs in share for pack in packs) for share in step.shares],
-            bad_samples=len(bad),
+            bad=bad,
+            first_seen=sum(sample.epoch == 0 for pack in step.plan.packs for sample in pack.samples),
         )
 
     # ------------------------------------------------------------------------------------------------------------- state
@@ -185,6 +175,12 @@ class DataPipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def left_out(self) -> Iterator[BadSample]:
+        """Samples that are in no plan, one by one: there may be many."""
+        for source in self._sources:
+            for skipped in source.skipped:
+                yield BadSample(skipped.kind, source.name, skipped.shard, skipped.key, skipped.reason)
 
     def summaries(self) -> list[SourceSummary]:
         """What each source holds."""
@@ -280,16 +276,7 @@ class DataPipeline:
 
     def _read(self, ref: SampleRef) -> SampleArrays | BadSample:
         """A sample as planned, or why not."""
-        source = self._sources[ref.source]
-        try:
-            sample = source.read(ref.index)
-        except SampleError as error:
-            return BadSample(error.kind, source.name, source.where(ref.index), str(error))
-        found = (len(sample.tokens_t), sample.tiles)
-        if found != (ref.tokens, ref.tiles):
-            reason = f"{found[0]} tokens and {found[1]} tiles; the index says {ref.tokens} and {ref.tiles}"
-            return BadSample("plan_mismatch", source.name, source.where(ref.index), reason)
-        return sample
+        return read_as_planned(self._sources[ref.source], ref.index, ref.tokens, ref.tiles)
 
     def _lay_out(
         self, refs: Sequence[SampleRef], results: Sequence[SampleArrays | BadSample | None], modality: Modality
@@ -306,21 +293,12 @@ class DataPipeline:
         return lay_out(samples, is_bad, [ref.source for ref in refs], modality, self.processor.image_size, pin_memory=self._pin_memory), bad
 
     def _account(self, step: _Pending, bad: Sequence[BadSample]) -> None:
-        """Record bad samples, and stop when they are too many of those this rank has seen."""
+        """Name bad samples in the log."""
         for entry in bad:
             if self._reads:  # its peers know the same
-                log.warning("step %d: bad sample in %s, %s: %s: %s", step.plan.step, entry.source, entry.sample, entry.kind, entry.reason)
-            self.bad_samples.append({**vars(entry), "step": step.plan.step})
-        self._seen += sum(len(pack.samples) for packs in step.shares[self.dp_rank] for pack in packs)
-        self._bad += len(bad)
-        if self._bad > 10 and self._bad > self.cfg.max_bad_fraction * self._seen:
-            kinds = Counter((entry["source"], entry["kind"]) for entry in self.bad_samples if entry["step"] > 0)
-            listed = ", ".join(f"{source} {kind} {count}" for (source, kind), count in sorted(kinds.items()))
-            raise TooManyBadSamples(
-                f"{self._bad} of {self._seen} samples were bad by step {step.plan.step} ({listed}), the last one "
-                f"{bad[-1].sample if bad else self.bad_samples[-1]['sample']}: above data.max_bad_fraction={self.cfg.max_bad_fraction}. "
-                "Correct the data of these sources, or set data.max_bad_fraction higher"
-            )
+                where = f"{entry.shard}:{entry.key}"
+                log.warning("step %d: bad sample in %s, %s: %s: %s", step.plan.step, entry.source, where, entry.kind, entry.message)
+            self.bad_samples.append((step.plan.step, entry))
 
 
 def open_processor(cfg: DataConfig) -> Processor:
@@ -361,7 +339,7 @@ def build_data(
     Args:
         sharing: this rank's place among those that train on the same micro-batches; None = it is alone.
         pin_memory: hand pixels over in pinned memory, for a GPU.
-        build_index: make missing and stale indexes. True in one process only; the others call with False once that one is done.
+        build_index: make missing indexes. True in one process only; the others call with False once that one is done.
 
     Raises:
         FileNotFoundError: processor, shards, corpus or index missing; names the setting and what to do.
@@ -371,6 +349,7 @@ def build_data(
     check_divides(cfg.batch_size, cfg.micro_batch_size, dp_size)
     processor = open_processor(cfg)
     sources = open_sources(cfg, processor, build_index=build_index)
+    check_health(sources, cfg)
     pipeline = DataPipeline(
         cfg,
         sources,

@@ -13,18 +13,20 @@ Every sample of a source is drawn exactly once per epoch of that source.
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dsvl_train.config.schema import DataConfig
 from dsvl_train.data.batch import Modality
 from dsvl_train.data.cursor import Cursor, Draw, StreamCursor
 from dsvl_train.data.mixing import choose_modality, draw_sources, normalised_weights, text_share_schedule
 from dsvl_train.data.order import EpochOrder, Ints, name_key, seeded_permutation
-from dsvl_train.data.packing import pack_window
+from dsvl_train.data.packing import pack_window, spread_poor
 
 MODALITIES: tuple[Modality, ...] = ("text", "multimodal")
 
@@ -166,8 +168,8 @@ class Planner:
     def restore(self, state: Mapping[str, Any]) -> Cursor:
         """The cursor of a state. Batch size, schedule, layout and workers may have changed freely.
 
-        When weights, window or packing changed, or sources were added, what was left of the current window is trained on among the first
-        samples drawn by the new settings, so that no sample is lost or repeated.
+        When weights, window or packing changed, or sources were added, the next step follows the new settings already: what was drawn by
+        the old ones and not used goes back to its source, to come first when that is drawn again, so no sample is lost or repeated.
 
         Raises:
             ValueError: seed, seq_len or the data behind a source changed: the same numbers would mean other samples.
@@ -193,7 +195,7 @@ class Planner:
         return cursor if unchanged else replace(cursor, streams=self._carry_over(cursor.streams, then))
 
     def _carry_over(self, streams: Mapping[str, StreamCursor], then: Mapping[str, Any]) -> dict[str, StreamCursor]:
-        """Streams that go on under new settings, with the packs left over from the old ones' windows as started packs."""
+        """Streams that go on under new settings, with what is left of the old ones' windows given back to the sources."""
         old = Planner(self.sources, replace(self.cfg, packing=then["packing"], window=then["window"]), self.seed)
         old.weights = {modality: dict(then["weights"][modality]) for modality in MODALITIES}
         moved: dict[str, StreamCursor] = {}
@@ -204,14 +206,19 @@ class Planner:
             if missing := [name for name in stream.names if name not in names]:
                 raise ValueError(f"data.sources.{missing[0]} had modality {modality} in the checkpoint: set it back, or resume=none")
             window = old._window(modality, stream)
-            left = (*window.packs[stream.offset :], *window.following.started)
+            returned: dict[str, list[int]] = {name: [] for name in names}
+            for name, ordinals in zip(stream.names, window.following.returned, strict=False):
+                returned[name] += ordinals
+            for pack in (*window.packs[stream.offset :], *window.following.started):
+                for source, ordinal in pack:
+                    returned[stream.names[source]].append(ordinal)
             drawn = dict(zip(stream.names, window.following.drawn, strict=True))
             moved[modality] = StreamCursor(
                 names=names,
                 drawn=tuple(drawn.get(name, 0) for name in names),
                 credits=(0.0,) * len(names),
-                started=tuple(tuple((names.index(stream.names[source]), ordinal) for source, ordinal in pack) for pack in left),
                 window=stream.window + 1,
+                returned=tuple(tuple(sorted(returned[name])) for name in names),
             )
         return moved
 
@@ -240,11 +247,15 @@ class Planner:
     def _make_window(self, modality: Modality, start: StreamCursor) -> _Window:
         chosen, credits = draw_sources(list(self.weights[modality].values()), start.credits, self.cfg.window)
         drawn = list(start.drawn)
+        returned = [deque(ordinals) for ordinals in start.returned] or [deque[int]() for _ in drawn]
         draws: list[Draw] = [draw for pack in start.started for draw in pack]
         carried = len(draws)
         for source in chosen:
-            draws.append((source, drawn[source]))
-            drawn[source] += 1
+            if returned[source]:
+                draws.append((source, returned[source].popleft()))
+            else:
+                draws.append((source, drawn[source]))
+                drawn[source] += 1
         refs = self._refs(start.names, draws)
         packs: list[tuple[Draw, ...]]
         if self.cfg.packing:
@@ -252,11 +263,13 @@ class Planner:
             started = [[next(places) for _ in pack] for pack in start.started]
             packed = pack_window([ref.tokens for ref in refs], self.cfg.seq_len, started)
             shuffle = seeded_permutation(len(packed.closed), self.seed, name_key(modality), start.window)
-            packs = [tuple(draws[place] for place in packed.closed[at]) for at in shuffle]
+            fill = [sum(refs[place].tokens for place in pack) / self.cfg.seq_len for pack in packed.closed]
+            packs = [tuple(draws[place] for place in packed.closed[at]) for at in spread_poor(shuffle.tolist(), fill)]
             still_open = tuple(tuple(draws[place] for place in pack) for pack in packed.open)
         else:
             packs, still_open = [(draw,) for draw in draws], ()
-        following = StreamCursor(start.names, tuple(drawn), tuple(credits), still_open, start.window + 1)
+        left = tuple(tuple(ordinals) for ordinals in returned) if any(returned) else ()
+        following = StreamCursor(start.names, tuple(drawn), tuple(credits), still_open, start.window + 1, returned=left)
         return _Window(tuple(packs), dict(zip(draws, refs, strict=True)), following)
 
     def _refs(self, names: Sequence[str], draws: Sequence[Draw]) -> list[SampleRef]:
@@ -289,27 +302,90 @@ def check_divides(batch_size: int, micro_batch_size: int, dp_size: int) -> None:
         )
 
 
-def assign(packs: Sequence[Pack], dp_size: int, micro_batch_size: int) -> list[RankShare]:
-    """Distribute a global batch: per rank the same number of packs, with tokens and tiles as even as a greedy choice makes them.
+def attention_cost(pack: Pack) -> float:
+    """What attention computes in a pack, in units of one score: no sample attends to another."""
+    return float(sum(sample.tokens**2 for sample in pack.samples))
 
-    Longest processing time first: the costliest pack goes to the rank with the least so far. A pack's cost is its share of the batch's
-    tokens plus its share of the batch's tiles. Within a rank the packs are divided in the same way over micro-batches, ordered by falling
-    cost, so that micro-batches that ranks compute at the same time are alike.
+
+def assign(packs: Sequence[Pack], dp_size: int, micro_batch_size: int) -> list[RankShare]:
+    """Distribute a global batch: per rank the same number of packs, with tokens, tiles and attention as even as swaps make them.
+
+    Starts from `assign_greedily` and swaps packs between the rank that deviates most and any other while that helps. What counts is the
+    sum over ranks of the squared relative deviations, tokens and tiles weighing more than attention, which is the smaller cost. Within a
+    rank the packs are divided over micro-batches and those ordered by falling cost, so that micro-batches that ranks compute at the same
+    time are alike.
 
     Raises:
         ValueError: the packs do not divide.
     """
     check_divides(len(packs), micro_batch_size, dp_size)
-    tokens = sum(pack.tokens for pack in packs)
-    tiles = sum(pack.tiles for pack in packs)
-    costs = [pack.tokens / max(tokens, 1) + pack.tiles / max(tiles, 1) for pack in packs]
+    loads_nd = _relative_loads(packs, dp_size)
+    costs = loads_nd[:, :2].sum(axis=1).tolist()
     per_rank = len(packs) // dp_size
-    shares = []
-    for members in _spread(list(range(len(packs))), costs, dp_size, per_rank):
-        micro_batches = _spread(members, costs, per_rank // micro_batch_size, micro_batch_size)
-        micro_batches.sort(key=lambda group: (-sum(costs[pack] for pack in group), min(group)))
-        shares.append(tuple(tuple(packs[pack] for pack in sorted(group)) for group in micro_batches))
-    return shares
+    ranks = _swap(_spread(list(range(len(packs))), costs, dp_size, per_rank), loads_nd * _WEIGHTS)
+    return [_micro_batches(packs, members, costs, per_rank // micro_batch_size, micro_batch_size) for members in ranks]
+
+
+def assign_greedily(packs: Sequence[Pack], dp_size: int, micro_batch_size: int) -> list[RankShare]:
+    """Longest processing time first: the costliest pack goes to the rank with the least so far, a pack's cost being its tokens and tiles.
+
+    `assign` starts from it; on its own it is what benchmarks compare with.
+    """
+    check_divides(len(packs), micro_batch_size, dp_size)
+    costs = _relative_loads(packs, dp_size)[:, :2].sum(axis=1).tolist()
+    per_rank = len(packs) // dp_size
+    ranks = _spread(list(range(len(packs))), costs, dp_size, per_rank)
+    return [_micro_batches(packs, members, costs, per_rank // micro_batch_size, micro_batch_size) for members in ranks]
+
+
+_WEIGHTS = np.asarray([4.0, 1.0, 0.25])
+"""Of deviations in tokens (which vary little), tiles and attention."""
+_LEAST_GAIN = 1e-4
+"""A swap must lower the sum of squared deviations by this: a hundredth of a rank's mean is one of these. Less is not worth the search."""
+
+
+def _relative_loads(packs: Sequence[Pack], dp_size: int) -> NDArray[np.float64]:
+    """[pack, (tokens, tiles, attention)], each over a rank's mean."""
+    loads_nd = np.asarray([(pack.tokens, pack.tiles, attention_cost(pack)) for pack in packs], dtype=np.float64)
+    return loads_nd * (dp_size / np.maximum(loads_nd.sum(axis=0), 1.0))
+
+
+def _micro_batches(packs: Sequence[Pack], members: Sequence[int], costs: Sequence[float], count: int, size: int) -> RankShare:
+    groups = _spread(members, costs, count, size)
+    groups.sort(key=lambda group: (-sum(costs[pack] for pack in group), min(group)))
+    return tuple(tuple(packs[pack] for pack in sorted(group)) for group in groups)
+
+
+def _swap(ranks: list[list[int]], loads_nd: NDArray[np.float64]) -> list[list[int]]:
+    """Swap members between ranks while that lowers the sum of the ranks' squared deviations from the mean."""
+    totals_rd = np.stack([loads_nd[members].sum(axis=0) for members in ranks])
+    mean_d = totals_rd.mean(axis=0)
+    owner_n = np.empty(len(loads_nd), dtype=np.int64)
+    for rank, members in enumerate(ranks):
+        owner_n[members] = rank
+    tried: set[int] = set()
+    while len(tried) < len(ranks):
+        deviation_r = ((totals_rd - mean_d) ** 2).sum(axis=1)
+        deviation_r[list(tried)] = -1.0
+        worst = int(deviation_r.argmax())
+        gives = np.flatnonzero(owner_n == worst)
+        moved_mnd = loads_nd[None, :, :] - loads_nd[gives][:, None, :]  # what `worst` gains when its m-th pack is swapped for pack n
+        here_mnd = (totals_rd[worst] - mean_d + moved_mnd) ** 2
+        there_mnd = (totals_rd[owner_n] - mean_d - moved_mnd) ** 2
+        before_n = ((totals_rd[owner_n] - mean_d) ** 2 + (totals_rd[worst] - mean_d) ** 2).sum(axis=1)
+        gain_mn = before_n - (here_mnd + there_mnd).sum(axis=2)
+        gain_mn[:, gives] = 0.0
+        m, n = divmod(int(gain_mn.argmax()), gain_mn.shape[1])
+        if gain_mn[m, n] <= _LEAST_GAIN:
+            tried.add(worst)
+            continue
+        tried.clear()
+        mine, theirs = int(gives[m]), int(n)
+        other = int(owner_n[theirs])
+        totals_rd[worst] += moved_mnd[m, n]
+        totals_rd[other] -= moved_mnd[m, n]
+        owner_n[mine], owner_n[theirs] = other, worst
+    return [np.flatnonzero(owner_n == rank).tolist() for rank in range(len(ranks))]
 
 
 def _spread(members: Sequence[int], costs: Sequence[float], groups: int, size: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,8 @@ class Measured:
     visual_tokens: int
     tiles: int
     """Tiles to encode; 0 without images."""
+    turns: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    """(text tokens, supervised tokens) of each message, visual tokens not counted; what stands before the first message belongs to it."""
 
 
 @dataclass
@@ -205,12 +207,18 @@ class Processor(ABC):
             check_image_size(size_wh, self.max_image_pixels)
         layout = self._layout(messages, sizes_wh, inference=inference)
         text = layout.text
-        never_counted = {0, *text.image_at}
+        is_text = np.ones(len(text.ids), dtype=bool)
+        is_text[text.image_at] = False
+        counted = np.asarray(text.supervised, dtype=bool) & is_text
+        counted[:1] = False  # nothing predicts the first token
+        ends = [*text.turn_at[1:], len(text.ids)]
+        turns = tuple((int(is_text[at:end].sum()), int(counted[at:end].sum())) for at, end in zip(text.turn_at, ends, strict=True))
         return Measured(
             tokens=len(text.ids) - len(text.image_at) + sum(layout.visual_tokens),
-            supervised_tokens=sum(text.supervised) - sum(text.supervised[position] for position in never_counted),
+            supervised_tokens=int(counted.sum()),
             visual_tokens=sum(layout.visual_tokens),
             tiles=layout.tiles,
+            turns=turns,
         )
 
     def prompt_messages(self, text: str, n_images: int = 0) -> list[dict[str, str]]:

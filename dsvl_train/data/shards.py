@@ -1,15 +1,12 @@
 """Webdataset tar shards: written by the webdataset library, read by byte offset.
 
-A shard is scanned once, header by header (`scan_tar`); from then on a member is one `os.pread` at its offset. Nothing is extracted, member
-names are only ever compared, and every size a header declares is checked against the file before it is believed. A damaged shard gives the
-members before the damage, and says where the damage is.
+A shard is scanned once, header by header (`tar_scan.py`); from then on a member is one `os.pread` at its offset.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,11 +22,7 @@ from dsvl_train.data.errors import SampleError
 from dsvl_train.data.sample import Sample
 from dsvl_train.data.storage import RemoteFiles, Unreachable, is_remote
 
-BLOCK = tarfile.BLOCKSIZE
-_END_MARK = bytes(BLOCK)
-_LONGEST_NAME_RECORD = 1 << 20
-"""Bytes of a GNU long name or a pax header at most; real ones have hundreds."""
-MERGED_GAP = 16 * BLOCK
+MERGED_GAP = 8192
 """Members at most this many bytes apart are read together: headers and a small member between them cost less than another read."""
 
 # ----------------------------------------------------------------------------------------------------------------- naming
@@ -66,13 +59,6 @@ def expand_shards(pattern: str, setting: str) -> list[Path]:
         if shard.suffix != ".tar":
             raise ValueError(f"{setting}={pattern}: {shard} is not a plain .tar; compressed shards cannot be read by offset: unpack them")
     return shards
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """(key, extension) of a member: webdataset divides at the first dot of the last path component."""
-    folder, slash, base = name.rpartition("/")
-    key, _, extension = base.partition(".")
-    return folder + slash + key, extension
 
 
 # ---------------------------------------------------------------------------------------------------------------- writing
@@ -179,128 +165,6 @@ class ShardWriter:
         shard = self.folder / f"{self.prefix}-{len(self.shards):06d}.tar"
         os.replace(self._unfinished, shard)
         self.shards.append(shard)
-
-
-# --------------------------------------------------------------------------------------------------------------- scanning
-
-
-@dataclass(frozen=True)
-class Member:
-    """A regular file in a shard: where its bytes lie."""
-
-    name: str
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Damage:
-    """Where a shard stops being a tar; what follows is not read."""
-
-    offset: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class ShardScan:
-    members: list[Member]
-    size: int
-    """Bytes of the file."""
-    damage: Damage | None = None
-
-
-@dataclass(frozen=True)
-class MemberGroup:
-    """Neighbouring members of one key: a sample."""
-
-    key: str
-    members: dict[str, Member]
-    """By extension."""
-    repeated: str | None = None
-    """An extension that occurs twice."""
-
-
-def scan_tar(path: str | Path) -> ShardScan:
-    """Find all members by reading headers only.
-
-    Raises:
-        OSError: the file itself cannot be opened.
-    """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-    try:
-        return _scan(descriptor, os.fstat(descriptor).st_size)
-    finally:
-        os.close(descriptor)
-
-
-def _scan(descriptor: int, size: int) -> ShardScan:
-    members: list[Member] = []
-    at = 0
-    next_name: str | None = None
-    next_size: int | None = None
-    while True:
-        header = os.pread(descriptor, BLOCK, at)
-        if header == _END_MARK:
-            return ShardScan(members, size)
-        try:
-            info = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace")
-        except tarfile.HeaderError as error:
-            reason = "the file ends without an end-of-archive mark" if not header else f"not a tar header: {error}"
-            return ShardScan(members, size, Damage(at, reason))
-        start = at + BLOCK
-        length = info.size if next_size is None else next_size
-        if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
-            length = 0
-        if length < 0 or start + length > size:
-            return ShardScan(
-                members, size, Damage(at, f"{info.name!r} declares {length} bytes; {max(size - start, 0)} are left in the file")
-            )
-        at = start + -(-length // BLOCK) * BLOCK
-        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            if length > _LONGEST_NAME_RECORD:
-                return ShardScan(members, size, Damage(start - BLOCK, f"a name record of {length} bytes"))
-            record = os.pread(descriptor, length, start)
-            if info.type == tarfile.GNUTYPE_LONGNAME:
-                next_name = record.partition(b"\0")[0].decode("utf-8", "backslashreplace")
-            else:
-                records = _pax_records(record)
-                next_name = records.get("path", next_name)
-                if "size" in records:
-                    next_size = int(records["size"]) if records["size"].isascii() and records["size"].isdigit() else -1
-            continue
-        if info.isreg() and not info.issparse():
-            members.append(Member(info.name if next_name is None else next_name, start, length))
-        next_name = next_size = None
-
-
-def _pax_records(raw: bytes) -> dict[str, str]:
-    """`path` and `size` of a pax header: records of "LENGTH KEY=VALUE\\n"; stops at the first that is malformed."""
-    records: dict[str, str] = {}
-    while raw:
-        digits, space, _ = raw[:20].partition(b" ")
-        if not space or not digits.isdigit() or not len(digits) < int(digits) <= len(raw):
-            break
-        key, equals, value = raw[len(digits) + 1 : int(digits)].partition(b"=")
-        if equals and key in (b"path", b"size"):
-            records[key.decode()] = value.removesuffix(b"\n").decode("utf-8", "backslashreplace")
-        raw = raw[int(digits) :]
-    return records
-
-
-def group_members(members: Sequence[Member]) -> Iterator[MemberGroup]:
-    """Samples of a shard: runs of neighbouring members with the same key, as webdataset groups them."""
-    group: MemberGroup | None = None
-    for member in members:
-        key, extension = split_name(member.name)
-        if group is None or group.key != key:
-            if group is not None:
-                yield group
-            group = MemberGroup(key, {})
-        if extension in group.members:
-            group = MemberGroup(key, group.members, extension)
-        group.members[extension] = member
-    if group is not None:
-        yield group
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading

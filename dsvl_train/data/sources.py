@@ -6,19 +6,24 @@ Both kinds answer the same questions by sample number: how long, how many tiles,
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from typing import Protocol, overload
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsvl_train.config.schema import DataConfig
+from dsvl_train.data.bad_samples import BadSample
 from dsvl_train.data.batch import IGNORE_INDEX, Modality
 from dsvl_train.data.errors import SampleError
-from dsvl_train.data.index import ShardIndex, SkippedSample, open_index
+from dsvl_train.data.index import ShardIndex, SkippedSample
+from dsvl_train.data.index_build import open_index
 from dsvl_train.data.order import Ints
+from dsvl_train.data.processes import usable_cores
 from dsvl_train.data.processor import Processor
 from dsvl_train.data.sample import parse_sample
 from dsvl_train.data.shards import ShardReader
@@ -71,7 +76,7 @@ class Source(Protocol):
     modality: Modality
     kind: str
     shard_sizes: Ints
-    skipped: list[SkippedSample]
+    skipped: Sequence[SkippedSample]
     damaged_shards: list[str]
     """One line for each."""
     shards: int
@@ -90,6 +95,10 @@ class Source(Protocol):
         """A name for logs."""
         ...
 
+    def name_of(self, sample: int) -> tuple[str, str]:
+        """(shard, key): the same for the same sample in every run."""
+        ...
+
     def close(self) -> None: ...
 
     def totals(self) -> tuple[int, int, int]:
@@ -98,43 +107,41 @@ class Source(Protocol):
 
 
 class ShardSource:
-    """Samples in webdataset shards."""
+    """Samples in webdataset shards. A sample number counts the samples of the index that plans may hold."""
 
     kind = "shards"
 
     def __init__(self, name: str, modality: Modality, index: ShardIndex, processor: Processor, reader: ShardReader, seq_len: int) -> None:
         """Samples that no sequence can hold, and samples with images in a text source, are skipped and listed."""
-        self.name, self.modality = name, modality
+        self.name, self.modality, self.seq_len = name, modality, seq_len
         self.index, self.processor, self.reader = index, processor, reader
-        self.skipped = list(index.skipped)
         self.damaged_shards = [
-            f"{damage.shard}: damaged at byte {damage.offset} ({damage.reason}); {damage.samples} samples before it can be read"
+            f"{damage.shard}: damaged at byte {damage.offset} ({damage.reason}), in {damage.places} places; {damage.samples} samples found"
             for damage in index.damaged
         ]
         self.shards = len(index.shards)
-        too_long = index.tokens_n > seq_len
-        image_in_text = (index.images_n > 0) & (modality == "text")
-        for sample in np.flatnonzero(too_long | image_in_text).tolist():
-            if too_long[sample]:
-                self._skip(sample, "too_long", f"{int(index.tokens_n[sample])} tokens; data.seq_len={seq_len}")
-            else:
-                self._skip(sample, "image_in_text", f"it has images, but data.sources.{name}.modality is text")
-        self.usable = np.flatnonzero(~(too_long | image_in_text)).astype(np.int64)
-        """Numbers in the index of the samples that plans may hold; a sample number is a place in this list."""
-        self.shard_sizes = np.bincount(index.shard_n[self.usable], minlength=len(index.shards)).astype(np.int64)
+        # The few that are left out are kept, not the many that are not: an index may hold more samples than memory holds numbers.
+        self._unfit = index.unfit(seq_len, images=modality != "text")
+        self._usable_before = self._unfit - np.arange(len(self._unfit))
+        self.skipped: Sequence[SkippedSample] = _Skipped(self)
+        unfit_s = np.bincount(index.shard_n[self._unfit], minlength=self.shards)
+        self.shard_sizes: Ints = (np.diff(index.first_sample_s) - unfit_s).astype(np.int64)
+
+    def number(self, samples: Ints) -> Ints:
+        """Numbers in the index."""
+        return samples + np.searchsorted(self._usable_before, samples, side="right")
 
     def lengths(self, samples: Ints) -> Ints:
-        return self.index.tokens_n[self.usable[samples]].astype(np.int64)
+        return self.index.tokens_n[self.number(samples)].astype(np.int64)
 
     def tiles(self, samples: Ints) -> Ints:
-        return self.index.tiles_n[self.usable[samples]].astype(np.int64)
+        return self.index.tiles_n[self.number(samples)].astype(np.int64)
 
     def identity(self) -> str:
-        where = crc32(self.index.offset_m.tobytes(), crc32(self.usable.tobytes()))
-        return f"shards-{len(self.usable)}-{crc32(self.index.tokens_n.tobytes()):08x}-{crc32(self.index.crc_n.tobytes()):08x}-{where:08x}"
+        return f"shards-{self.totals()[0]}-{self.index.digest}-{crc32(self._unfit.tobytes()):08x}"
 
     def read(self, sample: int) -> SampleArrays:
-        text, images = self.index.read(int(self.usable[sample]), self.reader)
+        text, images = self.index.read(self._number(sample), self.reader)
         encoded = self.processor.encode(parse_sample(text).messages, images)
         has_images = encoded.image_count > 0
         return SampleArrays(
@@ -146,18 +153,53 @@ class ShardSource:
         )
 
     def where(self, sample: int) -> str:
-        return self.index.where(int(self.usable[sample]))
+        return self.index.where(self._number(sample))
+
+    def name_of(self, sample: int) -> tuple[str, str]:
+        number = self._number(sample)
+        return self.index.shard(number), self.index.key(number)
 
     def close(self) -> None:
         self.reader.close()
 
     def totals(self) -> tuple[int, int, int]:
-        tokens, tiles = self.index.tokens_n[self.usable], self.index.tiles_n[self.usable]
-        return len(self.usable), int(tokens.sum(dtype=np.int64)), int(tiles.sum(dtype=np.int64))
+        index, unfit = self.index, self._unfit
+        left_out = int(index.tokens_n[unfit].sum(dtype=np.int64)), int(index.tiles_n[unfit].sum(dtype=np.int64))
+        return len(index) - len(unfit), index.tokens - left_out[0], index.tiles - left_out[1]
 
-    def _skip(self, sample: int, kind: str, reason: str) -> None:
-        shard = self.index.shards[int(self.index.shard_n[sample])]
-        self.skipped.append(SkippedSample(kind, shard, "@" + self.index.where(sample).rpartition("@")[2], reason))
+    def _number(self, sample: int) -> int:
+        return int(self.number(np.asarray([sample], dtype=np.int64))[0])
+
+
+class _Skipped(Sequence[SkippedSample]):
+    """What a source leaves out: the index's list, then the samples that this source cannot use; made one by one."""
+
+    def __init__(self, source: ShardSource) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source.index.skipped) + len(self._source._unfit)
+
+    @overload
+    def __getitem__(self, place: int) -> SkippedSample: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[SkippedSample]: ...
+    def __getitem__(self, place: int | slice) -> SkippedSample | list[SkippedSample]:
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        source, index = self._source, self._source.index
+        place %= len(self)
+        if place < len(index.skipped):
+            return index.skipped[place]
+        sample = int(source._unfit[place - len(index.skipped)])
+        tokens = int(index.tokens_n[sample])
+        if tokens > source.seq_len:
+            kind, reason = "too_long", f"{tokens} tokens; data.seq_len={source.seq_len}"
+        else:
+            kind, reason = "image_in_text", f"it has images, but data.sources.{source.name}.modality is text"
+        return SkippedSample(kind, index.shard(sample), index.key(sample), reason)
 
 
 class TextSource:
@@ -168,7 +210,7 @@ class TextSource:
 
     def __init__(self, name: str, corpus: TextCorpus, vocab_size: int) -> None:
         self.name, self.corpus, self.vocab_size = name, corpus, vocab_size
-        self.skipped: list[SkippedSample] = []
+        self.skipped: Sequence[SkippedSample] = []
         self.damaged_shards: list[str] = []
         self.shards = 1
         self.shard_sizes = corpus.pieces_per_chunk(_CHUNK_DOCUMENTS)
@@ -195,6 +237,9 @@ class TextSource:
         document, start, _ = (int(value[0]) for value in self.corpus.locate(np.asarray([sample], dtype=np.int64)))
         return f"document {document}, token {start}"
 
+    def name_of(self, sample: int) -> tuple[str, str]:
+        return f"{self.corpus.prefix}.bin", self.where(sample)
+
     def close(self) -> None:
         """Nothing to close: the corpus is memory-mapped."""
 
@@ -202,12 +247,28 @@ class TextSource:
         return len(self.corpus), self.corpus.piece_tokens, 0
 
 
-def open_sources(cfg: DataConfig, processor: Processor, *, build_index: bool = True) -> list[Source]:
-    """Open every source of a configuration, in its order.
+def read_as_planned(source: Source, sample: int, tokens: int, tiles: int) -> SampleArrays | BadSample:
+    """A sample, or why it cannot be used: read and decoded, and as long as the index says."""
+    try:
+        arrays = source.read(sample)
+        if (len(arrays.tokens_t), arrays.tiles) != (tokens, tiles):
+            found = f"{len(arrays.tokens_t)} tokens and {arrays.tiles} tiles"
+            raise SampleError("plan_mismatch", f"{found}; the index says {tokens} and {tiles}")
+    except SampleError as error:
+        return BadSample(error.kind, source.name, *source.name_of(sample), str(error))
+    return arrays
+
+
+def open_sources(cfg: DataConfig, processor: Processor, *, build_index: bool = True, rebuild: bool = False) -> list[Source]:
+    """Open every source of a configuration, in its order, however much of it is bad (`check_health`).
+
+    Args:
+        build_index: make missing indexes.
+        rebuild: make stale ones too, instead of refusing them.
 
     Raises:
         FileNotFoundError: a folder, shard, corpus or index is missing; names the setting.
-        ValueError: a corpus that cannot be used, or too much of a source is bad for `data.max_bad_fraction`.
+        ValueError: a corpus or an index that cannot be used.
     """
     remote = open_remote_files(cfg.cache_dir, cfg.cache_gb, cfg.read_retries)
     reader = ShardReader(remote=remote, skip_unreachable=cfg.unreachable == "skip")
@@ -224,15 +285,36 @@ def open_sources(cfg: DataConfig, processor: Processor, *, build_index: bool = T
                 source.path,
                 processor,
                 setting=setting,
-                processor_folder=cfg.processor,
+                command=index_command(cfg, source.path),
                 build=build_index,
-                workers=max(cfg.workers, 1),
+                rebuild=rebuild,
+                workers=usable_cores(),
                 index_dir=cfg.index_dir,
                 remote=remote,
             )
             sources.append(ShardSource(name, source.modality, index, processor, reader, cfg.seq_len))
-        _check_health(sources[-1], setting, source.path, cfg.max_bad_fraction)
     return sources
+
+
+INDEX_SETTINGS = ("mask_prompt", "tile_selection", "max_tiles", "tiling_image_limit", "max_image_pixels")
+"""Settings of `data` that decide what an index says, besides data.processor; `dsvl data index` has an option for each."""
+
+
+def index_command(cfg: DataConfig, pattern: str) -> str:
+    """The command that makes the index which a run with these settings asks for; for a shell."""
+    defaults = {one.name: one.default for one in fields(DataConfig)}
+    words = ["dsvl", "data", "index", pattern, "--processor", cfg.processor]
+    for name in (*INDEX_SETTINGS, "index_dir"):
+        value = getattr(cfg, name)
+        if value != defaults[name]:
+            words += [f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return shlex.join(words)
+
+
+def check_health(sources: Sequence[Source], cfg: DataConfig) -> None:
+    """Raise ValueError for a source of which more than data.max_bad_fraction cannot be used."""
+    for source in sources:
+        _check_health(source, f"data.sources.{source.name}.path", cfg.sources[source.name].path, cfg.max_bad_fraction)
 
 
 def _check_health(source: Source, setting: str, path: str, max_bad_fraction: float) -> None:
@@ -255,8 +337,8 @@ def _check_health(source: Source, setting: str, path: str, max_bad_fraction: flo
 
 
 def _kinds(skipped: Sequence[SkippedSample]) -> str:
-    kinds = [entry.kind for entry in skipped]
-    return ", ".join(f"{kind} {kinds.count(kind)}" for kind in sorted(set(kinds)))
+    kinds = Counter(entry.kind for entry in skipped)
+    return ", ".join(f"{kind} {kinds[kind]}" for kind in sorted(kinds))
 
 
 def summarise(sources: Sequence[Source], weights: dict[str, float]) -> list[SourceSummary]:

@@ -81,6 +81,14 @@ class RemoteFiles:
         self._stats: dict[str, RemoteStat] = {}
         self._block_locks = [threading.Lock() for _ in range(64)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Its settings travel to another process; what it knows, and its locks, do not."""
+        return {**vars(self), "requests": 0, "_stats": {}, "_block_locks": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._block_locks = [threading.Lock() for _ in range(64)]
+
     def stat(self, url: str) -> RemoteStat:
         """Size and version of a file; asked for once.
 

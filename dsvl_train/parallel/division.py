@@ -159,15 +159,14 @@ def plan_division(
         text, image = (predicted_time(division.chunk_costs(costs, images), micro_batches, group) for images in (False, True))
         return text_share * text + (1 - text_share) * image
 
-    best = _fit_vision(even_division(costs, pp, vpp, kind), costs)
-    least = expected(best)
+    even = even_division(costs, pp, vpp, kind)
+    best = min([even, *_fit_vision(even, costs)], key=expected)
     while True:
-        options = [_fit_vision(replace(best, language=language), costs) for language in _neighbours(best.language)]
-        times = [expected(option) for option in options]
-        if not times or min(times) >= least * (1 - 1e-12):
+        options = [option for language in _neighbours(best.language) for option in _fit_vision(replace(best, language=language), costs)]
+        better = min(options, key=expected, default=best)
+        if expected(better) >= expected(best) * (1 - 1e-12):
             return best
-        least = min(times)
-        best = options[times.index(least)]
+        best = better
 
 
 # ------------------------------------------------------------------------------------------------------------------- helpers
@@ -202,12 +201,18 @@ def _neighbours(language: tuple[tuple[range, ...], ...]) -> Iterator[tuple[tuple
                 yield _rows([range(a, b) for a, b in itertools.pairwise(starts)], pp)
 
 
-def _fit_vision(division: Division, costs: LayerCosts) -> Division:
-    """Divide the encoder so that the busiest rank of an image step has as little as contiguous layers allow."""
+def _fit_vision(division: Division, costs: LayerCosts) -> list[Division]:
+    """The encoder divided for these language layers, in two ways: so that the busiest rank of an image step has as little as contiguous
+    layers allow, which counts over many micro-batches, and so that the largest part of the encoder is as small, which counts where every
+    turn from chunk to chunk waits for the slowest rank."""
     if not division.spread:
-        return division
-    pp = division.pp
-    language = [sum(division.language_cost(costs, rank, chunk) for chunk in range(division.vpp)) for rank in range(pp)]
+        return [division]
+    busy = [sum(division.language_cost(costs, rank, chunk) for chunk in range(division.vpp)) for rank in range(division.pp)]
+    return [_level(division, costs, beside) for beside in (busy, [0.0] * division.pp)]
+
+
+def _level(division: Division, costs: LayerCosts, language: Sequence[float]) -> Division:
+    """Divide the encoder so that no rank has more than it must of its part and `language` together."""
     low, high = 0.0, (max(language) + costs.vision) * (1 + 1e-9)
     fitted = _fill(costs, language, high)
     for _ in range(50):

@@ -33,6 +33,9 @@ class TrainState:
     updates: dict[str, int]
     """Optimiser updates per chunk; Adam's bias correction counts them."""
     bad_samples: int
+    """Bad samples so far, on all ranks, each counted once."""
+    samples_seen: int = 0
+    """Different samples that the steps so far held."""
 
 
 def step_folder(run_dir: Path, step: int) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from dsvl_train.config.compose import load_run_config, to_yaml
 from dsvl_train.config.schema import RunConfig
 from dsvl_train.parallel import startup
 from dsvl_train.parallel.startup import World
+
+_POLL_S = 0.2
 
 if TYPE_CHECKING:
     from dsvl_train.data.loader import DataPipeline
@@ -42,6 +45,7 @@ def _train(cfg: RunConfig, world: World) -> int:
     from dsvl_train.interop.folders import CONFIG_FILE
     from dsvl_train.models.build import build_model
     from dsvl_train.training import checkpoint
+    from dsvl_train.training.bad_samples import BadSampleWatch
     from dsvl_train.training.callbacks import default_callbacks
     from dsvl_train.training.interrupt import StopRequest
     from dsvl_train.training.setup import build_trainable, check_processor, choose_division
@@ -59,12 +63,15 @@ def _train(cfg: RunConfig, world: World) -> int:
         _load_initial_weights(cfg, world, model)
     chunks, optimiser = build_trainable(cfg, world, model)
     train_step = TrainStep(cfg, world, model, chunks, optimiser, data.source_names)
-    trainer = Trainer(cfg, world, model, optimiser, data, train_step, default_callbacks(cfg.logging), stop)
+    bad_samples = BadSampleWatch(run_dir, cfg.data.max_bad_fraction, is_main=world.is_main)
+    trainer = Trainer(cfg, world, model, optimiser, data, train_step, default_callbacks(cfg.logging), stop, bad_samples)
+    bad_so_far = samples_seen = 0
     if resume_from is not None:
         require_same_model(cfg.model, load_run_config(resume_from / CONFIG_FILE).model, str(resume_from))
         state = checkpoint.load(resume_from, model, optimiser)
         data.load_state(state.data)
-        trainer.step, trainer.bad_samples = state.step, state.bad_samples
+        trainer.step, bad_so_far, samples_seen = state.step, state.bad_samples, state.samples_seen
+    bad_samples.start(trainer.step, bad_so_far, samples_seen, data.left_out())
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(cfg))
@@ -94,11 +101,16 @@ def _open_data(cfg: RunConfig, world: World) -> DataPipeline:
             pin_memory=world.device.type == "cuda",
         )
 
+    if world.size == 1:
+        return build(measure=True)
+    # Not a barrier: measuring a large data set takes longer than a collective may.
+    store, key = dist.distributed_c10d._get_default_store(), "dsvl_train/data_is_measured"
     if world.is_main:
         data = build(measure=True)
-        dist.barrier()
+        store.set(key, "1")
         return data
-    dist.barrier()
+    while not store.check([key]):
+        time.sleep(_POLL_S)
     return build(measure=False)
 
 

@@ -13,6 +13,7 @@ from dsvl_train.data.loader import DataPipeline
 from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.parallel.startup import World
 from dsvl_train.training import checkpoint
+from dsvl_train.training.bad_samples import BadSampleWatch
 from dsvl_train.training.callbacks import Callback, Metrics
 from dsvl_train.training.interrupt import StopRequest
 from dsvl_train.training.optimiser import ModalityOptimiser
@@ -32,10 +33,9 @@ class Trainer:
     train_step: TrainStep
     callbacks: Sequence[Callback]
     stop: StopRequest
+    bad_samples: BadSampleWatch
     step: int = 0
     """Last step done."""
-    bad_samples: int = 0
-    """Samples replaced by masked padding so far, on all ranks."""
 
     def __post_init__(self) -> None:
         self.run_dir = Path(self.cfg.run.dir)
@@ -78,9 +78,10 @@ class Trainer:
         rate = learning_rate(batch.step, self.cfg.run.max_steps, self.cfg.optim.lr, self.cfg.optim.schedule)
         metrics, counts = self.train_step(batch, rate, self.stop.requested)
         self.step = batch.step
-        self.bad_samples += counts.bad_samples
+        self.bad_samples.update(batch, counts.bad_samples)
         self.metrics = self._record(batch, metrics, counts, data_wait_s)
         self._tell("on_step_end", self.metrics)
+        self.bad_samples.check(batch.step)
         return counts.stop_requested
 
     def _record(self, batch: StepBatch, metrics: Metrics, counts: BatchCounts, data_wait_s: float) -> Metrics:
@@ -100,7 +101,8 @@ class Trainer:
             "text_ratio": batch.text_ratio,
             "pack_fill": batch.pack_fill,
             "data_wait_s": data_wait_s,
-            "bad_samples": self.bad_samples,
+            "bad_samples": self.bad_samples.tally.total,
+            "bad_samples_by_source": self.bad_samples.tally.by_source(),
         }
 
     def _is_due(self, stop_requested: bool) -> bool:
@@ -108,8 +110,8 @@ class Trainer:
         return stop_requested or self.step == self.last_step or (every > 0 and self.step % every == 0)
 
     def _save(self) -> None:
-        folder = checkpoint.step_folder(self.run_dir, self.step)
-        state = checkpoint.TrainState(self.step, self.data.state(), self.optimiser.steps_taken(), self.bad_samples)
+        folder, tally = checkpoint.step_folder(self.run_dir, self.step), self.bad_samples.tally
+        state = checkpoint.TrainState(self.step, self.data.state(), self.optimiser.steps_taken(), tally.total, tally.seen)
         checkpoint.save(folder, self.cfg, self.model, self.optimiser, state)
         self._tell("on_checkpoint", folder)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -227,7 +228,7 @@ def broken_shard(data: Path, tmp_path: Path) -> list[str]:
     shutil.copytree(data / "shards", tmp_path / "broken")
     shard = sorted((tmp_path / "broken").glob("*.tar"))[0]
     shard.write_bytes(shard.read_bytes()[:3000])
-    for index in (tmp_path / "broken").glob("*.npz"):
+    for index in (tmp_path / "broken").glob("index-*"):
         index.unlink()
     return [f"data.sources.pretrain.path={tmp_path}/broken"]
 
@@ -295,3 +296,57 @@ def test_state_is_small_json(uninterrupted: Path) -> None:
     state = json.loads((uninterrupted / "checkpoints" / "step_00000008" / "state.json").read_text())
     assert state["step"] == 8
     assert len(json.dumps(state)) < 4096
+
+
+# -------------------------------------------------------------------------------------------------------------- bad samples
+
+
+@pytest.fixture(scope="module")
+def spoiled(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for shards of which every fourth image breaks off in the middle, which only decoding shows."""
+    folder = tmp_path_factory.mktemp("spoiled")
+    with ShardWriter(folder, max_samples=20) as writer:
+        for number in range(60):
+            image = picture(40 + 30 * (number % 4), 50, seed=number % 6)
+            user = {"role": "user", "content": "<image>\nwhat is this"}
+            cut = image[: len(image) // 2] if number % 4 == 0 else image
+            writer.write([user, {"role": "assistant", "content": ANSWERS[number % 6]}], [("png", cut)])
+    return [f"data.sources.pretrain.path={folder}", "data.text_ratio=0", "data.text_ratio_start=0", "data.window=20", "run.max_steps=14"]
+
+
+def bad_lines(run_dir: Path) -> list[tuple[int, str, str]]:
+    lines = [json.loads(line) for line in (run_dir / "bad_samples.jsonl").read_text().splitlines()]
+    assert {(line["source"], line["kind"], line["message"] != "") for line in lines} == {("pretrain", "image_broken", True)}
+    return sorted((line["step"], line["shard"], line["key"]) for line in lines)
+
+
+def test_bad_samples_are_counted_once_over_all_ranks_and_restarts(data: Path, spoiled: list[str], tmp_path: Path) -> None:
+    spoiled = [*spoiled, "data.max_bad_fraction=1"]
+    done = train(overrides(data, tmp_path / "two", *spoiled), ranks=2)
+    assert done.returncode == 0, done.stderr
+    for stop in ("run.stop_after=7", "checkpoint.every=3"):
+        done = train(overrides(data, tmp_path / "one", *spoiled, stop))
+        assert done.returncode == 0, done.stderr
+    lines = bad_lines(tmp_path / "two")
+    assert lines == bad_lines(tmp_path / "one")
+    assert {int(key) % 4 for _, _, key in lines} == {0}
+    assert len({key for _, _, key in lines}) == len(lines) == 15, "every one was met, most of them in more than one epoch"
+    for run in ("one", "two"):
+        for record in read_metrics(tmp_path / run / "metrics.jsonl"):
+            count = sum(step <= record["step"] for step, _, _ in lines)
+            assert record["bad_samples"] == count
+            assert record["bad_samples_by_source"] == ({"pretrain": {"image_broken": count}} if count else {})
+
+
+def test_too_many_bad_samples_stop_all_ranks_with_one_error(data: Path, spoiled: list[str], tmp_path: Path) -> None:
+    messages = []
+    for ranks in (1, 2):
+        run_dir = tmp_path / str(ranks)
+        done = train(overrides(data, run_dir, *spoiled, "data.max_bad_fraction=0.2"), ranks=ranks)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.count("above data.max_bad_fraction=0.2") == 1
+        assert "pretrain image_broken 1" in done.stderr
+        assert "Traceback" not in done.stderr
+        messages.append(re.search(r"(\d+ of \d+ samples were bad by step \d+)", done.stderr)[1])  # type: ignore[index]
+        assert read_metrics(run_dir / "metrics.jsonl")[-1]["bad_samples"] == len(bad_lines(run_dir)) > 10
+    assert messages[0] == messages[1]

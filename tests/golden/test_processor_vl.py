@@ -30,7 +30,7 @@ def processor() -> Processor:
 def test_text_and_ids_equal_the_released_output(number: int, processor: Processor) -> None:
     sample = SAMPLES[number]
     template = VlTemplate(processor.tokenizer)
-    flat, _ = template.render(parse_messages(sample["messages"], processor.tokenizer.image_token, len(sample["images"])))
+    flat, _, _ = template.render(parse_messages(sample["messages"], processor.tokenizer.image_token, len(sample["images"])))
     assert flat == sample["sft_format"]
     with np.load(DATA / "processed.npz") as golden:
         expected = golden[f"{number}.input_ids"]

@@ -11,6 +11,7 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
+from dsvl_train.config.geometry import select_tiles, vl2_tokens_side, vl2_visual_tokens
 from dsvl_train.config.schema import DataConfig, SourceConfig
 from dsvl_train.data.processor import Processor
 from dsvl_train.data.shards import ShardWriter
@@ -38,6 +39,28 @@ class MadeSource:
 
     def identity(self) -> str:
         return f"made-{crc32(self.length.tobytes())}"
+
+
+def long_tailed(samples: int, seed: int, seq_len: int = 4096) -> tuple[list[int], list[int]]:
+    """Tokens and tiles of samples by VL2's released geometry: 1 to 8 images of 100 to 4,000 pixels a side, 5 to 4,000 tokens of text.
+
+    Sizes, numbers and lengths are long-tailed. Images of a sample with more than two are not tiled. A sample over `seq_len` is left out, as
+    the data pipeline does.
+    """
+    rng = np.random.default_rng(seed)
+    side = vl2_tokens_side(384, 14)
+    tokens: list[int] = []
+    tiles: list[int] = []
+    while len(tokens) < samples:
+        images = min(int(rng.zipf(2.5)), 8)
+        text = int(np.clip(np.exp(rng.normal(4.0, 1.5)), 5, 4000))
+        sizes = np.clip(np.exp(rng.normal(6.2, 0.7, (images, 2))), 100, 4000).astype(int)
+        grids = [select_tiles((int(w), int(h)), 384) if images <= 2 else (1, 1) for w, h in sizes]
+        total = text + sum(vl2_visual_tokens(grid, side) for grid in grids)
+        if total <= seq_len:
+            tokens.append(total)
+            tiles.append(sum(1 + wide * high for wide, high in grids))
+    return tokens, tiles
 
 
 def config(sources: dict[str, SourceConfig], **settings: Any) -> DataConfig:

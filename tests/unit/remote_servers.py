@@ -36,7 +36,7 @@ class FileServer:
             return handler.send_error(503)
         if handler.path.endswith("/"):
             names = sorted(path.name for path in (self.folder / handler.path.strip("/")).iterdir())
-            return self._send(handler, 200, "".join(f'<a href="{name}">{name}</a>\n' for name in names).encode(), {}, True)
+            return self._send(handler, 200, "".join(f'<a href="{name}">{name}</a>\n' for name in names).encode(), {}, with_body)
         file = self.folder / handler.path.lstrip("/")
         if not file.is_file():
             return handler.send_error(404)

@@ -15,7 +15,7 @@ pytest.importorskip("sklearn", reason="the demo's data need scikit-learn: pip in
 from data_recipes.demo import images, materials, prepare, samples, texts
 from dsvl_train.data.processor import Processor
 from dsvl_train.data.sample import parse_sample
-from dsvl_train.data.shards import group_members, scan_tar
+from dsvl_train.data.tar_scan import group_members, scan_tar
 
 SCALE = 0.01
 LONGEST = 400

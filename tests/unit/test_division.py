@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import chain
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsvl_train.config.compose import compose_run
@@ -50,6 +50,7 @@ def test_every_layer_is_on_one_rank_and_in_order(problem: tuple[LayerCosts, int,
 
 @given(problems(), st.sampled_from(["spread", "first_stage"]), st.sampled_from([0.0, 0.3, 1.0]))
 @settings(max_examples=60, deadline=None)
+@example((LayerCosts((1.0, 1.0), (), 0.0, (1.0, 2.0), 0.0), 2, 1), "spread", 0.0)
 def test_never_predicted_slower_than_the_even_division(problem: tuple[LayerCosts, int, int], kind: str, text_share: float) -> None:
     costs, pp, vpp = problem
     planned = plan_division(costs, pp, vpp, kind, text_share=text_share, micro_batches=8)  # type: ignore[arg-type]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsvl_train.data.packing import pack_best_fit, pack_window
+from dsvl_train.data.packing import GOOD_FILL, pack_best_fit, pack_tightly, pack_window, spread_poor
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=200)
+BOTH_WAYS = pytest.mark.parametrize("packing", [pack_best_fit, pack_tightly])
 
 
+@BOTH_WAYS
 @given(lengths=LENGTHS, capacity=st.integers(100, 300))
-def test_every_sample_is_in_exactly_one_pack_and_none_overflows(lengths: list[int], capacity: int) -> None:
-    packs = pack_best_fit(lengths, capacity)
+def test_every_sample_is_in_exactly_one_pack_and_none_overflows(packing: Any, lengths: list[int], capacity: int) -> None:
+    packs = packing(lengths, capacity)
     assert sorted(position for pack in packs for position in pack) == list(range(len(lengths)))
     assert all(0 < sum(lengths[position] for position in pack) <= capacity for pack in packs)
-    assert packs == pack_best_fit(lengths, capacity)
+    assert packs == packing(lengths, capacity)
 
 
 @given(lengths=LENGTHS)
@@ -26,11 +31,12 @@ def test_best_fit_wastes_less_than_half_in_all_packs_but_one(lengths: list[int])
     assert sum(sum(lengths[position] for position in pack) <= 50 for pack in packs) <= 1
 
 
+@BOTH_WAYS
 @given(lengths=LENGTHS, data=st.data())
-def test_started_packs_are_kept_and_only_grow(lengths: list[int], data: st.DataObject) -> None:
+def test_started_packs_are_kept_and_only_grow(packing: Any, lengths: list[int], data: st.DataObject) -> None:
     first = data.draw(st.integers(0, len(lengths)))
-    started = pack_best_fit(lengths[:first], 100)
-    packs = pack_best_fit(lengths, 100, started)
+    started = packing(lengths[:first], 100)
+    packs = packing(lengths, 100, started)
     assert all(pack[: len(start)] == start for pack, start in zip(packs, started, strict=False))
     assert sorted(position for pack in packs for position in pack) == list(range(len(lengths)))
     assert all(sum(lengths[position] for position in pack) <= 100 for pack in packs)
@@ -67,6 +73,28 @@ def test_fill_over_windows_of_a_long_tailed_mixture() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 101])
-def test_a_length_that_fits_no_pack_is_refused(length: int) -> None:
+@BOTH_WAYS
+def test_a_length_that_fits_no_pack_is_refused(packing: Any, length: int) -> None:
     with pytest.raises(ValueError, match=r"sample 1 has .*data\.seq_len"):
-        pack_best_fit([5, length], 100)
+        packing([5, length], 100)
+
+
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=8))
+def test_the_last_two_samples_of_a_tight_pack_are_the_best_two(lengths: list[int]) -> None:
+    """Held against every pair: with a started pack of 40 in 100, what goes in first is the single or the pair that fills most."""
+    pack = pack_tightly([40, *lengths], 100, [[0]])[0]
+    filled = sum(([40, *lengths][position]) for position in pack[1:])
+    pairs = [a + b for number, a in enumerate(lengths) for b in lengths[number + 1 :] if a + b <= 60]
+    assert filled >= max([length for length in lengths if length <= 60] + pairs, default=0)
+
+
+@given(fill=st.lists(st.floats(0.5, 1.0), min_size=1, max_size=60), data=st.data())
+def test_poor_packs_come_at_even_distances(fill: list[float], data: st.DataObject) -> None:
+    order = data.draw(st.permutations(range(len(fill))))
+    spread = spread_poor(order, fill)
+    assert sorted(spread) == sorted(order)
+    good = [pack for pack in order if fill[pack] >= GOOD_FILL]
+    assert [pack for pack in spread if fill[pack] >= GOOD_FILL] == good
+    places = [place for place, pack in enumerate(spread) if fill[pack] < GOOD_FILL]
+    distances = [b - a for a, b in itertools.pairwise(places)]
+    assert not distances or max(distances) - min(distances) <= 1

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from dsvl_train.config.schema import SourceConfig
 from dsvl_train.data.cursor import Cursor
 from dsvl_train.data.order import EpochOrder, seeded_permutation
-from dsvl_train.data.plan import GlobalBatchPlan, Pack, Planner, SampleRef, assign
-from tests.unit.made_data import MadeSource, config, shards_source, text_source
+from dsvl_train.data.plan import GlobalBatchPlan, Pack, Planner, SampleRef, assign, attention_cost
+from tests.unit.made_data import MadeSource, config, long_tailed, shards_source, text_source
 
 CAPACITY = 64
 
@@ -184,6 +184,39 @@ def test_tokens_and_tiles_are_balanced_over_ranks() -> None:
     assert imbalance([sum(pack.tokens for packs in share for pack in packs) for share in shares]) <= 1.02
     arrival = [sum(pack.tiles for pack in packs[start : start + 8]) for start in range(0, 64, 8)]
     assert imbalance(arrival) > 1.1
+
+
+def test_every_global_batch_of_a_long_tailed_set_is_full_and_balanced_by_planning_alone() -> None:
+    """Images of 100 to 4,000 pixels, 1 to 8 per sample, texts of 5 to 4,000 tokens; 8 ranks of 4 sequences."""
+    tokens, tiles = long_tailed(14_000, seed=0)
+    cfg = config({"m": shards_source("m")}, seq_len=4096, batch_size=32, window=1024)
+    plans, _ = run(Planner([MadeSource("m", "multimodal", tokens, tiles)], cfg, 0), Cursor(), 120)
+    arrival = []
+    for plan in plans:
+        assert plan.fill >= 0.98
+        shares = assign(plan.packs, 8, 1)
+        assert sorted(map(id, plan.packs)) == sorted(id(pack) for share in shares for packs in share for pack in packs)
+        assert imbalance([sum(pack.tiles for packs in share for pack in packs) for share in shares]) <= 1.1
+        assert imbalance([sum(pack.tokens for packs in share for pack in packs) for share in shares]) <= 1.02
+        assert imbalance([sum(attention_cost(pack) for packs in share for pack in packs) for share in shares]) <= 1.25
+        arrival.append(imbalance([sum(attention_cost(pack) for pack in plan.packs[rank::8]) for rank in range(8)]))
+    assert max(arrival) > 1.4
+
+
+def test_new_weights_hold_from_the_next_step_and_old_draws_come_back() -> None:
+    """`a` is switched off within a window: the next step has none of it. What was drawn and not used comes when it is on again."""
+    sources = [MadeSource("a", "multimodal", [16] * 40), MadeSource("b", "multimodal", [16] * 40)]
+    state, plans = None, []
+    for of_a, of_b, steps, expected in ((1.0, 1.0, 1, {0, 1}), (0.0, 1.0, 1, {1}), (1.0, 0.0, 1, {0}), (1.0, 1.0, 12, {0, 1})):
+        weights = {"a": shards_source("a", weight=of_a), "b": shards_source("b", weight=of_b)}
+        planner = Planner(sources, config(weights, seq_len=CAPACITY, window=64), 0)
+        more, cursor = run(planner, Cursor() if state is None else planner.restore(state), steps)
+        assert {ref.source for pack in more[0].packs for ref in pack.samples} == expected
+        state = json.loads(json.dumps(planner.state(cursor)))
+        plans += more
+    used = Counter((ref.source, ref.epoch, ref.index) for plan in plans for pack in plan.packs for ref in pack.samples)
+    assert set(used.values()) == {1}
+    assert {key for key in used if key[1] == 0} == {(source, 0, sample) for source in (0, 1) for sample in range(40)}
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:

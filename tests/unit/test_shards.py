@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from dsvl_train.data.errors import SampleError
 from dsvl_train.data.sample import Sample, find_images, parse_sample
-from dsvl_train.data.shards import Member, ShardReader, ShardWriter, expand_shards, group_members, scan_tar, split_name
+from dsvl_train.data.shards import ShardReader, ShardWriter, expand_shards
+from dsvl_train.data.tar_scan import Member, group_members, scan_tar, split_name
 
 MESSAGES = [{"role": "user", "content": "<image> What?"}, {"role": "assistant", "content": "Ünïcode 7."}]
 
@@ -235,6 +236,35 @@ def test_pax_sizes_that_lie_are_damage(tmp_path: Path) -> None:
         scan = scan_tar(shard)
         assert scan.members == []
         assert scan.damage is not None
+
+
+def test_a_pax_size_is_the_members_and_not_that_of_a_record_before_it(tmp_path: Path) -> None:
+    record = b"10 size=2\n"
+    header = tarfile.TarInfo("p")
+    header.type, header.size = tarfile.XHDTYPE, len(record)
+    longer = tar_bytes([("n" * 120 + ".json", b"{}")], tarfile.PAX_FORMAT)  # which begins with a pax header of its own
+    shard = tmp_path / "x.tar"
+    shard.write_bytes(header.tobuf() + record.ljust(512, b"\0") + longer)
+    scan = scan_tar(shard)
+    assert scan.damage is None
+    assert [(member.name, member.size) for member in scan.members] == [("n" * 120 + ".json", 2)]
+
+
+def test_reading_goes_on_after_damage(tmp_path: Path) -> None:
+    whole = tar_bytes([(f"{number}.json", bytes([65 + number]) * 700) for number in range(5)])
+    shard = tmp_path / "x.tar"
+    for hole in (b"?" * 512, bytes(512)):
+        shard.write_bytes(whole[: 2 * 1536] + hole + whole[2 * 1536 + 512 :])
+        scan = scan_tar(shard)
+        assert [member.name for member in scan.members] == ["0.json", "1.json", "3.json", "4.json"]
+        assert [damage.offset for damage in scan.damages] == [2 * 1536]
+    shard.write_bytes(whole + whole)
+    assert [member.name for member in scan_tar(shard).members] == [f"{number}.json" for number in range(5)] * 2
+    assert "end-of-archive mark" in scan_tar(shard).damages[0].reason
+    with shard.open("r+b") as stream:  # a terabyte of nothing after it: a hole, which costs nothing to make
+        stream.truncate(1 << 40)
+    scan = scan_tar(shard)
+    assert len(scan.members) == 10
 
 
 def test_members_are_grouped_by_key_as_webdataset_does() -> None:
