@@ -305,8 +305,8 @@ def test_default_callbacks_follow_the_settings():
     def names(**settings):
         return [type(callback).__name__ for callback in default_callbacks(LoggingConfig(**settings))]
 
-    assert names() == ["Throughput", "MetricsFile", "Progress"]
-    assert names(wandb="offline", progress=False) == ["Throughput", "MetricsFile", "WandbLogger"]
+    assert names() == ["Throughput", "Health", "MetricsFile", "Progress"]
+    assert names(wandb="offline", progress=False) == ["Throughput", "Health", "MetricsFile", "WandbLogger"]
 
 
 def test_the_stand_in_is_a_trainer_view(tmp_path):
