@@ -256,7 +256,7 @@ def _resize(source: Source, size_wh: tuple[int, int]) -> list[Pixels]:
             resized = source if source_wh == size_wh else source.resize(size_wh, Image.Resampling.BICUBIC)
     except (ValueError, OSError) as error:
         raise SampleError("image_broken", f"image of {source_wh} cannot be resized to {size_wh}: {error}") from error
-    return [np.frombuffer(band.tobytes(), dtype=np.uint8).reshape(band.height, band.width) for band in resized.split()]
+    return [np.frombuffer(resized.tobytes("raw", band), dtype=np.uint8).reshape(size_wh[::-1]) for band in "RGB"]
 
 
 def _resize_torch(rgb_nchw: Tensor, size_wh: tuple[int, int]) -> Tensor:
