@@ -249,7 +249,7 @@ class DataConfig:
     tiling_image_limit: int = 2
     """Samples with more images than this are not tiled (VL2 §2)."""
     decode: Literal["exact", "fast"] = "exact"
-    """exact: pixels bit for bit as the released processor's. fast: about three times as fast, no value more than 2 of 255 off."""
+    """exact: pixels bit for bit as the released processor's. fast: no value more than 2 of 255 off."""
     window: int = 1024
     """Samples that packing looks over at once."""
     workers: int = 1
