@@ -231,8 +231,16 @@ def language_layer_working(language: LanguageConfig, layer: int, tokens: int, tp
 
 
 def head_working(language: LanguageConfig, tokens: int, tp: int, numerics: Numerics) -> float:
-    """The logits, or their gradient, beside the softmax."""
-    return numerics.bytes * tokens * (language.padded_vocab_size / tp + language.hidden_size)
+    """Beside the softmax the logits or, in bf16, their gradient; the weight's gradient comes when the softmax has gone."""
+    vocabulary, b = language.padded_vocab_size / tp, numerics.bytes
+    logits = tokens * vocabulary * b
+    weight = vocabulary * language.hidden_size * b
+    if b == 4:  # the softmax is made of the logits in place, unless the vocabulary is padded
+        logits = logits if language.padded_vocab_size > language.vocab_size else 0.0
+        widest = max(logits, weight)
+    else:
+        widest = logits + max(weight - tokens * vocabulary * 4, 0.0)
+    return widest + tokens * language.hidden_size * b
 
 
 def vision_working(model: ModelConfig, tiles: float, numerics: Numerics) -> float:

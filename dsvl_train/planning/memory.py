@@ -228,7 +228,7 @@ class _Planner:
                 chunk.in_flight[modality] = number
             if with_encoder:
                 vision.in_flight[modality] = in_flight[0]
-            working[modality] = self._working(rank, images)
+            working[modality] = self._working(rank, images, alone=len(running) == 1)
         return RankPlan([vision, *language] if vision.parameters else language, most, working)
 
     # -------------------------------------------------------------------------------------------------------------- parts
@@ -341,25 +341,33 @@ class _Planner:
             return kept + activations.head(language, tokens, tp, numerics).when(True, self._trains("head"))
         return kept + hidden  # what is sent stays until its gradient has come back
 
-    def _working(self, rank: int, images: bool) -> float:
-        """The widest place of all parts here, with the gradient of the largest weight; and a layer to run again."""
+    def _working(self, rank: int, images: bool, *, alone: bool) -> float:
+        """What the widest place of a backward pass needs, beyond what is kept before it.
+
+        Where a rank runs a single chunk, what later places kept of the micro-batch is free again when an earlier one works.
+        """
         language, tokens, tp, numerics = self.model.language, self.tokens, self.parallel.tp, self.numerics
-        layers = [layer for row in self.division.language for layer in row[rank]]
-        places = [0.0]
-        for layer in layers:
-            again = Kept()
-            if self.recomputed:
-                again = activations.language_layer(language, layer, tokens, tp, numerics)
-            places.append(
-                again.when(True, self._trains(f"language.{layer}"))
-                + activations.language_layer_working(language, layer, tokens, tp, numerics)
-            )
-        if rank == self.division.pp - 1:
-            places.append(activations.head_working(language, tokens, tp, numerics))
+        last = rank == self.division.pp - 1
+        of_head = activations.head(language, tokens, tp, numerics).when(True, self._trains("head")) if last and alone else 0.0
+        of_language = self._language_kept(rank, 0, images) if alone else 0.0
+        places = [activations.head_working(language, tokens, tp, numerics)] if last else []
+        places += [self._layer_working(layer) - of_head for row in self.division.language for layer in row[rank]]
+        if rank == 0 and self._trains("embedding"):
+            places.append(language.padded_vocab_size / tp * language.hidden_size * numerics.bytes - of_language)
         if images and self._vision_parts(rank):
             block = max(self._vision_blocks(rank), default=0.0) if self.parallel.vision_recompute and self._tower_trains(rank) else 0.0
-            places.append(block + activations.vision_working(self.model, self.encoded, numerics))
-        return max(places) + self._largest_gradient(rank) * numerics.bytes
+            places.append(block + activations.vision_working(self.model, self.encoded, numerics) - of_language)
+        return max(0.0, *places)
+
+    def _layer_working(self, layer: int) -> float:
+        """With what is computed again, and the largest weight's gradient, which exists once more before it is added to the buffer."""
+        language, tokens, tp, numerics = self.model.language, self.tokens, self.parallel.tp, self.numerics
+        trains = self._trains(f"language.{layer}")
+        again = activations.language_layer(language, layer, tokens, tp, numerics).when(True, trains) if self.recomputed else 0.0
+        is_moe = language.moe is not None and layer >= language.moe.dense_layers
+        width = language.moe.expert_width if is_moe and language.moe else language.ffn_width / tp
+        gradient = 2 * width * language.hidden_size * numerics.bytes if trains else 0.0
+        return again + gradient + activations.language_layer_working(language, layer, tokens, tp, numerics)
 
     def _vision_blocks(self, rank: int) -> Iterator[float]:
         for _ in self.division.siglip[rank]:
@@ -367,13 +375,3 @@ class _Planner:
         for layer in self.division.sam[rank]:
             assert self.model.vision.sam is not None
             yield activations.sam_block(self.model.vision.sam, layer, self.encoded, self.numerics).when(True, True)
-
-    def _largest_gradient(self, rank: int) -> float:
-        """Elements of the largest weight that trains here: its gradient exists once more before it is added to the buffer."""
-        language, tp = self.model.language, self.parallel.tp
-        sizes = [0.0]
-        if (rank == 0 and self._trains("embedding")) or (rank == self.division.pp - 1 and self._trains("head")):
-            sizes.append(language.padded_vocab_size * language.hidden_size / tp)
-        if any(self._trains(f"language.{layer}") for row in self.division.language for layer in row[rank]):
-            sizes.append(2 * language.ffn_width * language.hidden_size / tp)
-        return max(sizes)
