@@ -314,6 +314,8 @@ class ParallelConfig:
     exchange of tokens between expert parallel ranks."""
     vision_recompute: bool = False
     """Keep only the input of each block of the vision encoders, and run the blocks again in the backward pass."""
+    layer_costs: str | None = None
+    """JSON file of measured seconds of each layer (`dsvl plan --measure FILE`), by which the pipeline is divided; null = by FLOPs."""
 
 
 @dataclass

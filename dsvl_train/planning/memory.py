@@ -104,7 +104,7 @@ class LayoutPlan:
     bubble: dict[str, float]
     """Modality -> share of the ranks' time that idles."""
     time: float
-    """Of an average step, in the costs' unit over all pipeline ranks; communication is free."""
+    """Of an average step, in the unit of the costs; communication is free."""
 
     @property
     def peak(self) -> float:

@@ -59,7 +59,7 @@ def nearest_that_fits(
 
 def _order(found: Found) -> tuple[float, int, int, float]:
     plan = found.plan
-    return float(f"{plan.time * plan.division.pp:.3g}"), plan.world_size // plan.dp, plan.division.pp, plan.peak
+    return float(f"{plan.time:.3g}"), plan.world_size // plan.dp, plan.division.pp, plan.peak
 
 
 def _candidates(cfg: RunConfig, world_size: int, number: int, sizes: dict[Part, PartSize], tiles: float | None) -> Iterator[Found]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dsvl_train.config.schema import RunConfig
 from dsvl_train.planning.memory import ChunkPlan, LayoutPlan, RankPlan
 
-GIB = 1024**3
+GIB, MIB = 1024**3, 1024**2
 Row = tuple[str, ...]
-_HEADER: Row = ("rank", "chunk", "holds", "parameters", "weights", "gradients", "optimiser", "activations", "working", "GiB")
+_HEADER: Row = ("rank", "chunk", "holds", "parameters", "weights", "gradients", "optimiser", "activations", "working", "together")
 _BEFORE = ("siglip.embed", "sam.embed", "embedding")
 _NAMES = {"text": "text steps", "multimodal": "image steps"}
 
@@ -28,11 +28,12 @@ def describe(cfg: RunConfig, plan: LayoutPlan) -> list[str]:
 
 
 def table(plan: LayoutPlan) -> list[str]:
-    """Rank by rank and chunk by chunk, in GiB; activations as bytes of a micro-batch times micro-batches in flight."""
+    """Rank by rank and chunk by chunk; a chunk's activations are those of a micro-batch times the micro-batches in flight."""
+    unit = GIB if plan.peak >= GIB else MIB
     rows: list[Row] = [_HEADER]
     for number, rank in enumerate(plan.ranks):
-        rows += [_chunk_row(number, rank, chunk) for chunk in rank.chunks]
-        rows.append(_sum_row(number, rank))
+        rows += [_chunk_row(number, rank, chunk, unit) for chunk in rank.chunks]
+        rows.append(_sum_row(number, rank, unit))
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     left = {1, 2}
     lines = []
@@ -40,13 +41,14 @@ def table(plan: LayoutPlan) -> list[str]:
         cells = [cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
         lines.append("  ".join(cells).rstrip())
     ruler = "-" * max(map(len, lines))
-    return [lines[0], ruler, *lines[1:], ruler]
+    return [f"in {'GiB' if unit == GIB else 'MiB'}", lines[0], ruler, *lines[1:], ruler]
 
 
-def bubbles(plan: LayoutPlan) -> str:
+def bubbles(cfg: RunConfig, plan: LayoutPlan) -> str:
     """What of the ranks' time idles."""
+    by = "FLOPs" if cfg.parallel.layer_costs is None else f"the times in {cfg.parallel.layer_costs}"
     shares = ", ".join(f"{_NAMES[modality]} {share:.1%}" for modality, share in plan.bubble.items())
-    return f"pipeline bubble: {shares} (by FLOPs, communication left out)" if plan.division.pp > 1 else "no pipeline, no bubble"
+    return f"pipeline bubble: {shares} (by {by}, communication left out)" if plan.division.pp > 1 else "no pipeline, no bubble"
 
 
 def fullest(plan: LayoutPlan) -> tuple[int, RankPlan]:
@@ -55,21 +57,24 @@ def fullest(plan: LayoutPlan) -> tuple[int, RankPlan]:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB, two digits after the point below ten."""
-    value = size / GIB
+    """Bytes in GiB."""
+    return f"{_digits(size / GIB)} GiB"
+
+
+def _digits(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
-def _chunk_row(number: int, rank: RankPlan, chunk: ChunkPlan) -> Row:
+def _chunk_row(number: int, rank: RankPlan, chunk: ChunkPlan, unit: int) -> Row:
     modality = rank.fuller_step
-    kept = f"{gib(chunk.kept[modality])} x {chunk.in_flight[modality]}" if modality in chunk.in_flight else "-"
-    sizes = (gib(chunk.weights), gib(chunk.gradients), gib(chunk.optimiser))
+    kept = f"{_digits(chunk.kept[modality] / unit)} x {chunk.in_flight[modality]}" if modality in chunk.in_flight else "-"
+    sizes = (_digits(size / unit) for size in (chunk.weights, chunk.gradients, chunk.optimiser))
     return (str(number), chunk.name, _holds(chunk), f"{chunk.parameters:,}", *sizes, kept, "", "")
 
 
-def _sum_row(number: int, rank: RankPlan) -> Row:
+def _sum_row(number: int, rank: RankPlan, unit: int) -> Row:
     parameters = sum(chunk.parameters for chunk in rank.chunks)
-    return (str(number), "sum", "", f"{parameters:,}", *(gib(size) for size in rank.parts.values()), gib(rank.peak))
+    return (str(number), "sum", "", f"{parameters:,}", *(_digits(size / unit) for size in (*rank.parts.values(), rank.peak)))
 
 
 def _holds(chunk: ChunkPlan) -> str:
