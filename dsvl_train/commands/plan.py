@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         from dsvl_train.planning.table import bubbles, describe, table
 
-        print("\n".join([*describe(cfg, plan), "", *table(plan), bubbles(cfg, plan), _verdict(plan, limit, arguments, found)]))
+        print("\n".join([*describe(plan), "", *table(plan), bubbles(plan), _verdict(plan, limit, arguments, found)]))
     return int(plan.peak > limit)
 
 
@@ -119,7 +119,7 @@ def _verdict(plan: LayoutPlan, limit: float, arguments: argparse.Namespace, foun
     refused = f"does not fit: rank {number} needs {gib(rank.peak)} of {of}; the most of it is {name}, {gib(size)}"
     if found is None:
         return f"{refused}\nno layout of {plan.world_size} processes near this one fits: start more, or shorten data.seq_len"
-    nearest = f"nearest that fits ({gib(found.plan.peak)}, predicted time x {found.plan.time / plan.time:.2f}):"
+    nearest = f"nearest that fits ({gib(found.plan.peak)}, predicted time x {found.plan.times.average / plan.times.average:.2f}):"
     return f"{refused}\n{nearest}\n  {' '.join(with_changes(arguments.overrides, found.changes))}"
 
 
@@ -147,10 +147,10 @@ def _as_json(plan: LayoutPlan, limit: float, found: Found | None) -> dict[str, A
         "world_size": plan.world_size,
         "dp": plan.dp,
         "expert_dp": plan.expert_dp,
-        "tokens": plan.tokens,
+        "tokens": plan.cfg.data.seq_len * plan.cfg.data.micro_batch_size,
         "tiles": plan.tiles,
         "micro_batches": plan.micro_batches,
-        "bubble": plan.bubble,
+        "bubble": plan.times.bubble,
         "ranks": ranks,
         "nearest": None if found is None else {"overrides": [str(change) for change in found.changes], "peak": found.plan.peak},
     }

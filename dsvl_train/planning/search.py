@@ -59,7 +59,7 @@ def nearest_that_fits(
 
 def _order(found: Found) -> tuple[float, int, int, float]:
     plan = found.plan
-    return float(f"{plan.time:.3g}"), plan.world_size // plan.dp, plan.division.pp, plan.peak
+    return float(f"{plan.times.average:.3g}"), plan.world_size // plan.dp, plan.division.pp, plan.peak
 
 
 def _candidates(cfg: RunConfig, world_size: int, number: int, sizes: dict[Part, PartSize], tiles: float | None) -> Iterator[Found]:
@@ -88,9 +88,11 @@ def _options(cfg: RunConfig, world_size: int, sizes: dict[Part, PartSize]) -> Se
         "parallel.ep": [n for n in divisors if language.moe and language.moe.routed_experts % n == 0 and n != parallel.ep],
         "parallel.distributed_optimizer": [] if parallel.distributed_optimizer else [True],
         "parallel.recompute": recompute[parallel.recompute],
+        "parallel.group": [n for n in (parallel.pp, 2 * parallel.pp) if parallel.pp > 1 and n != parallel.group],
         "data.micro_batch_size": [n for n in range(1, data.micro_batch_size) if data.micro_batch_size % n == 0],
     }
     encoder_trains = any(size.trains for part, size in sizes.items() if part.startswith(("siglip.", "sam.")))
-    if encoder_trains and not parallel.vision_recompute:
-        values["parallel.vision_recompute"] = [True]
+    if encoder_trains:
+        values["parallel.vision_recompute"] = [] if parallel.vision_recompute else [True]
+        values["parallel.vision_tp"] = ["shard"] if parallel.vision_tp == "recompute" else []
     return [[Change(key, value) for value in options] for key, options in values.items() if options]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsvl_train.config.schema import RunConfig
+from dsvl_train.models.costs import usual_tiles
 from dsvl_train.planning.memory import ChunkPlan, LayoutPlan, RankPlan
 
 GIB, MIB = 1024**3, 1024**2
@@ -12,15 +12,16 @@ _BEFORE = ("siglip.embed", "sam.embed", "embedding")
 _NAMES = {"text": "text steps", "multimodal": "image steps"}
 
 
-def describe(cfg: RunConfig, plan: LayoutPlan) -> list[str]:
+def describe(plan: LayoutPlan) -> list[str]:
     """The layout and the micro-batch, in words."""
-    parallel, data = cfg.parallel, cfg.data
+    cfg, parallel, data = plan.cfg, plan.cfg.parallel, plan.cfg.data
     names = ["tp", "pp", "vpp", "ep"]
     sizes = " · ".join(f"{name} {getattr(parallel, name)}" for name in names if getattr(parallel, name) > 1)
     experts = f" (experts {plan.expert_dp})" if cfg.model.language.moe and plan.expert_dp != plan.dp else ""
     numerics = f"{'CUDA' if plan.numerics.fused else 'CPU'}, {'bf16' if plan.numerics.bytes == 2 else 'fp32'}"
     processes = f"{plan.world_size} process{'es' if plan.world_size > 1 else ''}"
-    tiles = f", at most {plan.tiles:.3g} tiles (usually {plan.usual_tiles:.3g})" if "multimodal" in plan.bubble else ""
+    usual = usual_tiles(plan.cfg.model, data.seq_len * data.micro_batch_size)
+    tiles = f", at most {plan.tiles:.3g} tiles (usually {usual:.3g})" if "multimodal" in plan.times.bubble else ""
     return [
         f"{cfg.model.name}, stage {cfg.stage.name}, on {processes}: {sizes + ' · ' if sizes else ''}dp {plan.dp}{experts}; {numerics}",
         f"micro-batch: {data.micro_batch_size} x {data.seq_len} tokens{tiles}; {plan.micro_batches} of them a step and data-parallel rank",
@@ -44,10 +45,10 @@ def table(plan: LayoutPlan) -> list[str]:
     return [f"in {'GiB' if unit == GIB else 'MiB'}", lines[0], ruler, *lines[1:], ruler]
 
 
-def bubbles(cfg: RunConfig, plan: LayoutPlan) -> str:
+def bubbles(plan: LayoutPlan) -> str:
     """What of the ranks' time idles."""
-    by = "FLOPs" if cfg.parallel.layer_costs is None else f"the times in {cfg.parallel.layer_costs}"
-    shares = ", ".join(f"{_NAMES[modality]} {share:.1%}" for modality, share in plan.bubble.items())
+    by = "FLOPs" if (measured := plan.cfg.parallel.layer_costs) is None else f"the times in {measured}"
+    shares = ", ".join(f"{_NAMES[modality]} {share:.1%}" for modality, share in plan.times.bubble.items())
     return f"pipeline bubble: {shares} (by {by}, communication left out)" if plan.division.pp > 1 else "no pipeline, no bubble"
 
 
