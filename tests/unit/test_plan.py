@@ -251,6 +251,16 @@ def test_new_weights_hold_from_the_next_step_and_old_draws_come_back() -> None:
     assert {key for key in used if key[1] == 0} == {(source, 0, sample) for source in (0, 1) for sample in range(40)}
 
 
+def test_a_little_sft_data_in_the_pretraining_mixture_comes_at_its_share() -> None:
+    """VL §3.2.2: some instruction data already in stage 2."""
+    sources = [MadeSource("pretrain", "multimodal", range(5, 60)), MadeSource("sft", "multimodal", [9] * 20)]
+    cfg = config({"pretrain": shards_source("p", weight=0.95), "sft": shards_source("s", weight=0.05)}, seq_len=CAPACITY, packing=False)
+    plans, _ = run(Planner(sources, cfg, 0), Cursor(), 100)
+    from_sft = [ref.source == 1 for plan in plans for pack in plan.packs for ref in pack.samples]
+    assert len(from_sft) == 400
+    assert all(abs(sum(from_sft[:done]) - 0.05 * done) <= 1 for done in range(len(from_sft)))
+
+
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data\.batch_size=6 .* 4 data-parallel ranks .*\n?.*data\.micro_batch_size=1.*multiple of 4"):
         assign([pack(1, 0, number) for number in range(6)], 4, 1)
