@@ -219,7 +219,7 @@ def test_tokens_and_tiles_are_balanced_over_ranks() -> None:
 
 
 def test_every_global_batch_of_a_long_tailed_set_is_full_and_balanced_by_planning_alone() -> None:
-    """Images of 100 to 4,000 pixels, 1 to 8 per sample, texts of 5 to 4,000 tokens; 8 ranks of 4 sequences."""
+    """Images of 100 to 4,000 pixels, 1 to 8 per sample, texts of 5 to 4,000 tokens, as `long_tailed` draws them; 8 ranks of 4 sequences."""
     tokens, tiles = long_tailed(14_000, seed=0)
     cfg = config({"m": shards_source("m")}, seq_len=4096, batch_size=32, window=1024)
     plans, _ = run(Planner([MadeSource("m", "multimodal", tokens, tiles)], cfg, 0), Cursor(), 120)
