@@ -92,6 +92,20 @@ def picture(width: int, height: int, seed: int = 0, kind: str = "PNG", flat: boo
     return stream.getvalue()
 
 
+def hard_picture(width: int, height: int, seed: int) -> Image.Image:
+    """Black and white noise beside smooth ground: where bicubic weights overshoot most."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 2, (height, width, 3)) * 255
+    smooth = np.linspace(0, 255, width * height).reshape(height, width, 1)
+    return Image.fromarray(np.where(rng.random((height, width, 1)) < 0.7, noise, smooth).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
 def bomb() -> bytes:
     """A small PNG that declares 60,000 x 60,000 pixels."""
     raw = bytearray(picture(8, 8))
