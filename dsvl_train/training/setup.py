@@ -26,8 +26,12 @@ def choose_division(cfg: RunConfig) -> Division | None:
     if parallel.pp == 1:
         return None
     tokens = data.micro_batch_size * data.seq_len
-    costs = layer_costs(cfg.model, tokens, usual_tiles(cfg.model, tokens))
-    return plan_division(costs, parallel.pp, parallel.vpp, parallel.vision_division, text_share=data.text_ratio, group=parallel.group)
+    tiles = usual_tiles(cfg.model, tokens)
+    text_steps = data.text_ratio
+    if not data.modality_grouping and data.text_ratio < 1:  # all steps are image steps, with the fewer tiles for it
+        tiles, text_steps = tiles * (1 - data.text_ratio), 0.0
+    costs = layer_costs(cfg.model, tokens, tiles)
+    return plan_division(costs, parallel.pp, parallel.vpp, parallel.vision_division, text_share=text_steps, group=parallel.group)
 
 
 def build_trainable(
