@@ -52,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: the configuration is impossible, or an argument is out of range.
     """
     from dsvl_train.config.compose import compose_run
+    from dsvl_train.config.errors import ConfigError
     from dsvl_train.config.validate import validate
     from dsvl_train.planning.memory import plan_layout
     from dsvl_train.planning.parameters import part_sizes
@@ -62,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tiles is not None and arguments.tiles < 0:
         raise ValueError("--tiles must be at least 0")
     cfg = compose_run(arguments.overrides)
+    if cfg.engine.name != "megatron":
+        raise ConfigError("engine", "dsvl plan knows what Megatron's engine holds", value=cfg.engine.name, fix="engine=megatron")
     world_size = _world_size(arguments) or max(cfg.launch.nproc, 1)
     validate(cfg, world_size)
     if arguments.measure:

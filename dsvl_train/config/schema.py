@@ -235,6 +235,8 @@ class DataConfig:
     """Sequences computed at once on one rank; they are laid end to end, so none is padded for another's length."""
     text_ratio: float = 0.0
     """Target share of text steps (VL §3.2.2: 0.7; VL2 §3.2: 0.3)."""
+    modality_grouping: bool = True
+    """True: a step has one modality (VL §4.4). False, for ablation: every global batch mixes text and image sequences by the share."""
     text_ratio_start: float = 1.0
     """Share of text steps at step 1, before the modality warm-up."""
     text_warmup_steps: int = 0
@@ -248,6 +250,8 @@ class DataConfig:
     """Local tiles of one image at most (VL2: m * n <= 9)."""
     tiling_image_limit: int = 2
     """Samples with more images than this are not tiled (VL2 §2)."""
+    max_tiles_per_sequence: int | None = None
+    """Tiles of a sequence at most, thumbnails included; a sample with more is a counted skip. null = as many as its tokens allow."""
     decode: Literal["exact", "fast"] = "exact"
     """exact: pixels bit for bit as the released processor's. fast: no value more than 2 of 255 off."""
     window: int = 1024

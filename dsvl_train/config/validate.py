@@ -246,7 +246,7 @@ def _check_stage(config: RunConfig) -> None:
 def _check_data(config: RunConfig) -> None:
     data = config.data
     _at_least(config, 1, "data.seq_len", "data.batch_size", "data.micro_batch_size", "data.max_tiles", "data.window")
-    _at_least(config, 1, "data.prefetch_steps", "data.max_image_pixels")
+    _at_least(config, 1, "data.prefetch_steps", "data.max_image_pixels", "data.max_tiles_per_sequence")
     _at_least(
         config,
         0,
@@ -272,6 +272,10 @@ def _check_data(config: RunConfig) -> None:
         if data.seq_len <= least:
             rule = f"must be more than the {least} tokens of the smallest image, which count towards a sequence"
             raise ConfigError("data.seq_len", rule, value=data.seq_len, fix=f"data.seq_len={2 * least} or more")
+        tiles = data.max_tiles_per_sequence
+        if config.model.family == "vl2" and tiles is not None and tiles < 2:
+            rule = "must be at least 2: an image is a thumbnail and a tile or more"
+            raise ConfigError("data.max_tiles_per_sequence", rule, value=tiles, fix="data.max_tiles_per_sequence=2")
 
 
 def _uses_text(data: DataConfig) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dsvl_train.config.errors import ConfigError
-from dsvl_train.config.schema import LanguageConfig, ModelConfig, ParallelConfig, RecomputeModule, RunConfig
+from dsvl_train.config.schema import DataConfig, LanguageConfig, ModelConfig, ParallelConfig, RecomputeModule, RunConfig
 from dsvl_train.models.adaptors import adaptor_flops
 from dsvl_train.models.sam_vitdet import sam_block_flops, sam_flops
 from dsvl_train.models.siglip import siglip_block_flops
@@ -22,8 +22,13 @@ def choose_division(cfg: RunConfig) -> Division | None:
     parallel, data = cfg.parallel, cfg.data
     if parallel.pp == 1:
         return None
-    costs = run_costs(cfg)
-    return plan_division(costs, parallel.pp, parallel.vpp, parallel.vision_division, text_share=data.text_ratio, group=parallel.group)
+    costs, share = run_costs(cfg), share_of_text_steps(data)
+    return plan_division(costs, parallel.pp, parallel.vpp, parallel.vision_division, text_share=share, group=parallel.group)
+
+
+def share_of_text_steps(data: DataConfig) -> float:
+    """Of a run's steps, after the modality warm-up: without grouping every step may have images."""
+    return data.text_ratio if data.modality_grouping or data.text_ratio == 1 else 0.0
 
 
 def run_costs(cfg: RunConfig) -> LayerCosts:
@@ -37,6 +42,8 @@ def run_costs(cfg: RunConfig) -> LayerCosts:
     parallel, data = cfg.parallel, cfg.data
     tokens = data.micro_batch_size * data.seq_len
     tiles = usual_tiles(cfg.model, tokens)
+    if not data.modality_grouping and data.text_ratio < 1:  # all steps are image steps, with the fewer tiles for it
+        tiles *= 1 - data.text_ratio
     if parallel.layer_costs is None:
         costs = layer_costs(cfg.model, tokens, tiles)
     else:

@@ -238,7 +238,7 @@ class _Planner:
         )
 
     def _optimiser(self, share: Share) -> float:
-        per_parameter = 2 * 4 + (4 if self.numerics.bytes == 2 else 0)
+        per_parameter = 2 * (2 if self.cfg.optim.moments_dtype == "bf16" else 4) + (4 if self.numerics.bytes == 2 else 0)
         if not self.parallel.distributed_optimizer:
             return per_parameter * (share.trained + share.trained_experts)
         return per_parameter * (share.trained / self.dp + share.trained_experts / self.expert_dp)

@@ -43,8 +43,8 @@ def nearest_that_fits(
 ) -> Found | None:
     """The layout of the same number of processes with the fewest changes whose fullest rank needs at most `limit` bytes.
 
-    Of several with as many changes, the one with the shortest predicted step, then the least tensor and pipeline parallelism, whose
-    communication the prediction leaves out.
+    Of several with as many changes, one that leaves the run's numbers as they are (all but optim.moments_dtype do), then the one with the
+    shortest predicted step, then the least tensor and pipeline parallelism, whose communication the prediction leaves out.
 
     Args:
         sizes: `part_sizes` of the model and stage.
@@ -57,9 +57,10 @@ def nearest_that_fits(
     return None
 
 
-def _order(found: Found) -> tuple[float, int, int, float]:
+def _order(found: Found) -> tuple[bool, float, int, int, float]:
     plan = found.plan
-    return float(f"{plan.times.average:.3g}"), plan.world_size // plan.dp, plan.division.pp, plan.peak
+    other_numbers = any(change.key == "optim.moments_dtype" for change in found.changes)
+    return other_numbers, float(f"{plan.times.average:.3g}"), plan.world_size // plan.dp, plan.division.pp, plan.peak
 
 
 def _candidates(cfg: RunConfig, world_size: int, number: int, sizes: dict[Part, PartSize], tiles: float | None) -> Iterator[Found]:
@@ -87,6 +88,7 @@ def _options(cfg: RunConfig, world_size: int, sizes: dict[Part, PartSize]) -> Se
         "parallel.pp": [n for n in divisors if n <= language.layers and n != parallel.pp],
         "parallel.ep": [n for n in divisors if language.moe and language.moe.routed_experts % n == 0 and n != parallel.ep],
         "parallel.distributed_optimizer": [] if parallel.distributed_optimizer else [True],
+        "optim.moments_dtype": ["bf16"] if cfg.optim.moments_dtype == "fp32" else [],
         "parallel.recompute": recompute[parallel.recompute],
         "parallel.group": [n for n in (parallel.pp, 2 * parallel.pp) if parallel.pp > 1 and n != parallel.group],
         "data.micro_batch_size": [n for n in range(1, data.micro_batch_size) if data.micro_batch_size % n == 0],

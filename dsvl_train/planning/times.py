@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsvl_train.config.schema import DataConfig, RunConfig
-from dsvl_train.models.costs import feed_forward_flops, language_layer_flops, recompute_modules, run_costs
+from dsvl_train.models.costs import feed_forward_flops, language_layer_flops, recompute_modules, run_costs, share_of_text_steps
 from dsvl_train.parallel.division import Division, LayerCosts
 from dsvl_train.parallel.pipeline_simulation import simulate
 
@@ -27,6 +27,8 @@ class StepTimes:
 
 def modalities(data: DataConfig) -> list[str]:
     """Of the steps that the run has."""
+    if not data.modality_grouping:
+        return ["text"] if share_of_text_steps(data) == 1 else ["multimodal"]
     shares = [data.text_ratio, *([data.text_ratio_start] if data.text_warmup_steps else [])]
     return ["text"] * any(share > 0 for share in shares) + ["multimodal"] * any(share < 1 for share in shares)
 
@@ -43,7 +45,7 @@ def step_times(cfg: RunConfig, division: Division, micro_batches: int) -> StepTi
         table = division.chunk_costs(costs, modality == "multimodal")
         timeline = simulate(table, micro_batches, BACKWARD + _run_again(cfg, costs), cfg.parallel.group)
         makespan[modality], bubble[modality] = timeline.makespan, timeline.bubble
-    text = cfg.data.text_ratio
+    text = share_of_text_steps(cfg.data)
     return StepTimes(makespan, bubble, text * makespan.get("text", 0.0) + (1 - text) * makespan.get("multimodal", 0.0))
 
 
