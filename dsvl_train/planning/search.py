@@ -18,6 +18,10 @@ MOST_TENSOR_PARALLEL = 8
 """Tensor parallelism beyond one machine's GPUs is slow."""
 
 
+NEARLY_AS_FAST = 1.15
+"""Predicted times leave communication out, so differences below this say little."""
+
+
 @dataclass(frozen=True)
 class Change:
     """One setting, as one would type it."""
@@ -43,8 +47,8 @@ def nearest_that_fits(
 ) -> Found | None:
     """The layout of the same number of processes with the fewest changes whose fullest rank needs at most `limit` bytes.
 
-    Of several with as many changes, one that leaves the run's numbers as they are (all but optim.moments_dtype do), then the one with the
-    shortest predicted step, then the least tensor and pipeline parallelism, whose communication the prediction leaves out.
+    Of several with as many changes, one that leaves the run's numbers as they are (all but optim.moments_dtype do); of the fastest of
+    these, one with the least tensor and pipeline parallelism.
 
     Args:
         sizes: `part_sizes` of the model and stage.
@@ -53,14 +57,16 @@ def nearest_that_fits(
     for number in range(1, MOST_CHANGES + 1):
         fitting = [found for found in _candidates(cfg, world_size, number, sizes, tiles) if found.plan.peak <= limit]
         if fitting:
-            return min(fitting, key=_order)
+            return _best(fitting)
     return None
 
 
-def _order(found: Found) -> tuple[bool, float, int, int, float]:
-    plan = found.plan
-    other_numbers = any(change.key == "optim.moments_dtype" for change in found.changes)
-    return other_numbers, float(f"{plan.times.average:.3g}"), plan.world_size // plan.dp, plan.division.pp, plan.peak
+def _best(fitting: list[Found]) -> Found:
+    same_numbers = [found for found in fitting if not any(change.key == "optim.moments_dtype" for change in found.changes)]
+    fitting = same_numbers or fitting
+    fastest = min(found.plan.times.average for found in fitting)
+    fast = [found for found in fitting if found.plan.times.average <= fastest * NEARLY_AS_FAST]
+    return min(fast, key=lambda found: (found.plan.cfg.parallel.tp, found.plan.cfg.parallel.pp, found.plan.times.average, found.plan.peak))
 
 
 def _candidates(cfg: RunConfig, world_size: int, number: int, sizes: dict[Part, PartSize], tiles: float | None) -> Iterator[Found]:
