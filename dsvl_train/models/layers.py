@@ -95,12 +95,12 @@ class PackedAttention(nn.Module):
         return out[..., :width]
 
     def _sample_by_sample(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int]) -> Tensor:
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # [n, t, d]
-        grouped = q.shape[0] != k.shape[0]
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, n, t, d]: for three dimensions PyTorch keeps a matrix of t * t numbers
+        grouped = q.shape[1] != k.shape[1]
         outs = [
             F.scaled_dot_product_attention(
-                q[:, start:end], k[:, start:end], v[:, start:end], is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+                q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
             )
             for start, end in itertools.pairwise(cu_seqlens)
         ]
-        return torch.cat(outs, dim=1).transpose(0, 1)
+        return torch.cat(outs, dim=2)[0].transpose(0, 1)
