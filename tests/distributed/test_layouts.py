@@ -102,10 +102,18 @@ def require_same_numbers(reference: dict[str, Any], result: dict[str, Any]) -> N
     if "expert_load" in reference["records"][0]:
         for key in ("expert_load", "aux_loss"):
             np.testing.assert_allclose(result["records"][0][key], reference["records"][0][key], rtol=1e-4, err_msg=key)
+        np.testing.assert_array_equal(result["records"][1]["expert_bias"], reference["records"][1]["expert_bias"])
     assert result["weights"].keys() == reference["weights"].keys()
     for name, want in reference["weights"].items():
         np.testing.assert_array_equal(result["initial"][name], reference["initial"][name], err_msg=f"initial {name}")
         np.testing.assert_allclose(result["weights"][name], want, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.distributed
+def test_moments_in_bf16_are_shared_out_alike() -> None:
+    half = {"optim.moments_dtype": "bf16"}
+    reference, result = (run_ranks(train_tiny, ranks, "vl2", layout, MODALITIES, half)[0] for ranks, layout in ((1, {}), (2, ZERO)))
+    require_same_numbers(reference, result)
 
 
 ONLY_VISION = [ParamRule("language.*", None), ParamRule("vision.*", 0.1), ParamRule("*", 1.0)]

@@ -82,8 +82,8 @@ def test_stop_after_and_resume_continue_the_same_loss_curve(data: Path, uninterr
 
 
 def test_a_shared_optimiser_in_bf16_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
-    """The fp32 weights and moments that only one rank each holds come back to it."""
-    half = ["engine.precision=bf16", SHARED_STATE]
+    """The fp32 weights and bf16 moments that only one rank each holds come back to it."""
+    half = ["engine.precision=bf16", "optim.moments_dtype=bf16", SHARED_STATE]
     for name, parts in (("straight", [[]]), ("stopped", [["run.stop_after=5"], []])):
         for part in parts:
             done = train(overrides(data, tmp_path / name, *half, *part), ranks=2)
