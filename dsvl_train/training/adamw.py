@@ -20,6 +20,15 @@ class Bf16MomentsAdamW(torch.optim.AdamW):
     must be larger than bf16's rounding to happen at all, so both betas must be at most 1 - 2^-8.
     """
 
+    @classmethod
+    def in_place_of(cls, adam: torch.optim.Optimizer) -> Bf16MomentsAdamW:
+        """Over the very groups of another Adam, which has no state yet; their tensors may be views, as Megatron's shares are."""
+        ours = cls([torch.zeros(0)])
+        ours.param_groups = adam.param_groups
+        for group in ours.param_groups:
+            group.setdefault("fused", None)
+        return ours
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; `closure` must be None."""

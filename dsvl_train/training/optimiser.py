@@ -225,7 +225,7 @@ def _keep_moments_in_bf16(optimisers: list[MegatronOptimizer]) -> None:
     """
     for optimiser in optimisers:
         if not optimiser.is_stub_optimizer:
-            optimiser.optimizer = Bf16MomentsAdamW(optimiser.optimizer.param_groups)
+            optimiser.optimizer = Bf16MomentsAdamW.in_place_of(optimiser.optimizer)
 
 
 def _create_state(adam: torch.optim.Optimizer, steps: int, moments_dtype: torch.dtype) -> None:
