@@ -60,7 +60,7 @@ def read_batches(root: str, parallel: dict[str, int], fault: str = "") -> dict[s
     try:
         for step in pipeline:
             micro = [{k: None if v is None else v.numpy().copy() for k, v in vars(one).items()} for one in step.micro_batches]
-            steps.append({**vars(step), "micro_batches": micro})
+            steps.append({**vars(step), "micro_batches": micro, "sample_names": step.sample_names()})
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
     reads = source.reader.reads
