@@ -284,6 +284,9 @@ class DataConfig:
 # --------------------------------------------------------------------------------------------------- parallel, engine, optim
 
 
+RecomputeModule = Literal["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
+
+
 @dataclass
 class ParallelConfig:
     tp: int = 1
@@ -307,6 +310,14 @@ class ParallelConfig:
     """Data parallel ranks keep a share of the optimiser's state each (ZeRO-1), and gather the updated weights."""
     tile_balance: bool = False
     """Exchange tiles between data parallel ranks before encoding (VL2 §4.2)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What of the language model's activations the backward pass computes again instead of keeping them. selective: those of
+    recompute_modules, attention itself being kept. full: of every layer all but its input, for one more forward pass."""
+    recompute_modules: list[RecomputeModule] | None = None
+    """selective only; null = norms, feed-forward layers (mlp, moe), and with latent attention its up-projections. `moe` repeats the
+    exchange of tokens between expert parallel ranks."""
+    vision_recompute: bool = False
+    """Keep only the input of each block of the vision encoders, and run the blocks again in the backward pass."""
 
 
 @dataclass

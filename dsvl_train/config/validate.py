@@ -388,8 +388,28 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
         rule = "parallel.ep must divide the number of processes over parallel.pp"
         fix = f"start a multiple of {parallel.ep * parallel.pp} processes, or parallel.ep=1"
         raise ConfigError("parallel.ep, processes / parallel.pp", rule, value=value, fix=fix)
+    _check_recompute(config)
     _check_batch(data, world_size // model_parallel)
     _check_pipeline(config, world_size // model_parallel)
+
+
+def _check_recompute(config: RunConfig) -> None:
+    parallel, language, key = config.parallel, config.model.language, "parallel.recompute_modules"
+    modules = parallel.recompute_modules
+    if modules is None:
+        return
+    if parallel.recompute != "selective":
+        rule = "says what parallel.recompute=selective runs again"
+        raise ConfigError(key, rule, value=modules, fix="parallel.recompute=selective, or parallel.recompute_modules=null")
+    if not modules:
+        raise ConfigError(key, "must name at least one module", value=modules, fix="parallel.recompute=none")
+    absent = {"mla_up_proj"} if language.mla is None else set()
+    absent |= {"moe", "shared_experts"} if language.moe is None else set()
+    wrong = [module for module in modules if module in absent]
+    if wrong:
+        raise ConfigError(key, f"this model has no {', '.join(wrong)}", value=modules, fix=f"{key} without {', '.join(wrong)}")
+    if "moe" in modules and "shared_experts" in modules:
+        raise ConfigError(key, "moe runs its shared experts again, too", value=modules, fix=f"{key} without shared_experts")
 
 
 def _check_pipeline(config: RunConfig, data_parallel: int) -> None:

@@ -11,27 +11,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from dsvl_train.config.schema import ModelConfig, RunConfig
 from dsvl_train.data.processor import Processor
-from dsvl_train.models.costs import layer_costs, usual_tiles
 from dsvl_train.models.vision import STORED_ONLY
 from dsvl_train.models.vlm import VisionLanguageModel, whole_model_name
-from dsvl_train.parallel.division import Division, plan_division
 from dsvl_train.parallel.startup import World
 from dsvl_train.training.optimiser import ModalityOptimiser
 from dsvl_train.training.stages import apply_policy, format_summary, resolve_policy, summary
-
-
-def choose_division(cfg: RunConfig) -> Division | None:
-    """Which layers each pipeline rank holds, from the costs of the layers and the run's share of text steps; None without a pipeline."""
-    parallel, data = cfg.parallel, cfg.data
-    if parallel.pp == 1:
-        return None
-    tokens = data.micro_batch_size * data.seq_len
-    tiles = usual_tiles(cfg.model, tokens)
-    text_steps = data.text_ratio
-    if not data.modality_grouping and data.text_ratio < 1:  # all steps are image steps, with the fewer tiles for it
-        tiles, text_steps = tiles * (1 - data.text_ratio), 0.0
-    costs = layer_costs(cfg.model, tokens, tiles)
-    return plan_division(costs, parallel.pp, parallel.vpp, parallel.vision_division, text_share=text_steps, group=parallel.group)
 
 
 def build_trainable(

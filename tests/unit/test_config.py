@@ -355,6 +355,14 @@ def test_rules_of_a_vl_run(vl: RunConfig, settings: dict[str, Any], key: str, wo
             "parallel.ep",
         ),
         ({"data__micro_batch_size": 3}, 4, "data.batch_size, data.micro_batch_size"),
+        ({"parallel__recompute_modules": ["mlp"]}, 1, "parallel.recompute_modules"),
+        ({"parallel__recompute": "selective", "parallel__recompute_modules": []}, 1, "parallel.recompute_modules"),
+        ({"parallel__recompute": "selective", "parallel__recompute_modules": ["moe", "shared_experts"]}, 1, "parallel.recompute_modules"),
+        (
+            {"parallel__recompute": "selective", "parallel__recompute_modules": ["mlp", "mla_up_proj"], "model__language__mla": None},
+            1,
+            "parallel.recompute_modules",
+        ),
     ],
 )
 def test_rules_of_the_layout(vl2: RunConfig, settings: dict[str, Any], world_size: int, key: str) -> None:
