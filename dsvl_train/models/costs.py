@@ -5,7 +5,7 @@ A multiply-add is two; norms, activations and lookups are not counted. No megatr
 
 from __future__ import annotations
 
-from dsvl_train.config.schema import LanguageConfig, ModelConfig, ParallelConfig, RecomputeModule, RunConfig
+from dsvl_train.config.schema import DataConfig, LanguageConfig, ModelConfig, ParallelConfig, RecomputeModule, RunConfig
 from dsvl_train.models.adaptors import adaptor_flops
 from dsvl_train.models.sam_vitdet import sam_block_flops, sam_flops
 from dsvl_train.models.siglip import siglip_block_flops
@@ -17,8 +17,13 @@ def choose_division(cfg: RunConfig) -> Division | None:
     parallel, data = cfg.parallel, cfg.data
     if parallel.pp == 1:
         return None
-    text_steps = data.text_ratio if data.modality_grouping or data.text_ratio == 1 else 0.0
-    return plan_division(run_costs(cfg), parallel.pp, parallel.vpp, parallel.vision_division, text_share=text_steps, group=parallel.group)
+    share = text_step_share(data)
+    return plan_division(run_costs(cfg), parallel.pp, parallel.vpp, parallel.vision_division, text_share=share, group=parallel.group)
+
+
+def text_step_share(data: DataConfig) -> float:
+    """Share of the steps, after the warm-up, that run the language chunks alone: a step that mixes modalities runs all."""
+    return data.text_ratio if data.modality_grouping or data.text_ratio == 1 else 0.0
 
 
 def run_costs(cfg: RunConfig) -> LayerCosts:

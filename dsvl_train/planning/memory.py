@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from dsvl_train.config.geometry import candidate_resolutions, vl2_tokens_side, vl2_visual_tokens
 from dsvl_train.config.schema import DataConfig, ModelConfig, RunConfig, SiglipConfig
-from dsvl_train.models.costs import choose_division, feed_forward_flops, recompute_modules, run_costs, usual_tiles
+from dsvl_train.models.costs import choose_division, feed_forward_flops, recompute_modules, run_costs, text_step_share, usual_tiles
 from dsvl_train.parallel.division import Division, LayerCosts, whole
 from dsvl_train.parallel.pipeline_simulation import most_kept, simulate
 from dsvl_train.planning import activations
@@ -121,6 +121,11 @@ def modalities(data: DataConfig) -> list[str]:
 
 def most_tiles(model: ModelConfig, data: DataConfig) -> float:
     """Tiles of a micro-batch whose sequences are full of images, each of the grid with the most tiles per token."""
+    allowed = float("inf") if data.max_tiles_per_sequence is None else data.max_tiles_per_sequence * data.micro_batch_size
+    return min(_most_tiles_of_tokens(model, data), allowed)
+
+
+def _most_tiles_of_tokens(model: ModelConfig, data: DataConfig) -> float:
     tokens, siglip = data.seq_len * data.micro_batch_size, model.vision.siglip
     if model.family == "vl":
         return max(tokens // siglip.tokens, 1)
@@ -179,7 +184,7 @@ class _Planner:
             table = self.division.chunk_costs(costs, modality == "multimodal")
             timeline = simulate(table, self.micro_batches, 2.0 + self._run_again(costs), self.parallel.group)
             times[modality], bubble[modality] = timeline.makespan, timeline.bubble
-        share = self.cfg.data.text_ratio
+        share = text_step_share(self.cfg.data)
         return LayoutPlan(
             self.world_size,
             self.dp,
