@@ -13,7 +13,6 @@ from .schema import VOCAB_MULTIPLE, DataConfig, LanguageConfig, MlaConfig, Model
 
 NOT_AVAILABLE: list[tuple[str, Callable[[RunConfig], object], object]] = [
     ("parallel.cp", lambda c: c.parallel.cp, 1),
-    ("engine", lambda c: c.engine.name, "megatron"),
 ]
 """Settings whose other values are not built yet: key, how to read it, the only value that works. Delete a line when its feature arrives."""
 

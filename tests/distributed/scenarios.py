@@ -23,14 +23,14 @@ def train_tiny(family: str, parallel: dict[str, int], modalities: list[str], opt
     model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=0, division=choose_division(cfg))
     chunks, optimiser = build_trainable(cfg, world, model)
     step = TrainStep(cfg, world, model, chunks, optimiser, SOURCES)
-    initial = whole_weights(model)
+    initial = whole_tensors(optimiser.boxes(model))
     records = []
     sent = watch_encoder_gradients(cfg.model.language.hidden_size)
     for number, modality in enumerate(modalities, start=1):
         batch = tiny_batch(cfg.model, number, modality, world.dp_rank, world.dp_size)  # type: ignore[arg-type]
         metrics, _ = step(batch, cfg.optim.lr, stop_requested=False)
         records.append(metrics)
-    result = {"records": records, "initial": initial, "weights": whole_weights(model), "updates": optimiser.steps_taken()}
+    result = {"records": records, "initial": initial, "weights": whole_tensors(optimiser.boxes(model)), "updates": optimiser.steps_taken()}
     startup.stop()
     return (result if world.is_main else {"records": records}) | {"encoder_gradients_sent": len(sent)}
 
@@ -73,14 +73,12 @@ def count_encoded(parallel: dict[str, Any], tiles_mr: list[list[int]]) -> dict[s
     return {"encoded": sum(encoded), "loss": metrics["loss"], "tile_imbalance_encoded": metrics.get("tile_imbalance_encoded")}
 
 
-def whole_weights(model: Any) -> dict[str, Any]:
-    """Every logical tensor of the model, put together from all ranks, as numpy arrays."""
+def whole_tensors(boxes: dict[str, Any]) -> dict[str, Any]:
+    """Weights (by their logical name) and the optimiser's tensors, put together from all ranks, as numpy arrays."""
     import torch
     import torch.distributed as dist
 
-    from dsvl_train.models.logical import logical_tensors
-
-    mine = [(t.name, t.shape, t.offset, t.of(local.detach()).clone().numpy()) for t, local in logical_tensors(model)]
+    mine = [(name.removeprefix("model."), box.whole, box.offset, box.local.clone().numpy()) for name, box in boxes.items()]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     whole: dict[str, Any] = {}
