@@ -15,7 +15,8 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -97,9 +98,8 @@ class ZeroChunk:
 class ZeroOptimiser:
     """Steps the parameters that a step's modality reached."""
 
-    def __init__(self, optim: OptimConfig, chunks: Mapping[str, ZeroChunk]) -> None:
-        self.peak, self.clip_grad = optim.lr, optim.clip_grad
-        self.chunks = chunks
+    def __init__(self, optim: OptimConfig, chunks: Mapping[str, ZeroChunk], device: torch.device) -> None:
+        self.clip_grad, self.chunks, self._device = optim.clip_grad, chunks, device
         self._updates = {"vision": 0, "language": 0}
         self._part_of = {id(parameter): name for name, chunk in chunks.items() for parameter in chunk.module.parameters()}
 
@@ -178,7 +178,7 @@ class ZeroOptimiser:
             for owner, local, _ in owned:
                 for key in self._keys(local):
                     if key in keys:
-                        whole = torch.empty(_shape(local), dtype=_dtype(local, key), device=local.device)
+                        whole = torch.empty(_shape(local), dtype=_dtype(local, key), device=self._device)
                         if owner == mine:
                             whole.copy_(read.pop((id(local), key)))
                         dist.broadcast(whole, owner)
@@ -213,10 +213,11 @@ def build_zero(
         multipliers: chunk -> parameter name in it -> factor on the learning rate, None = frozen (already without `requires_grad`).
     """
     deepspeed = _import_deepspeed(world)
-    chunks = {
-        name: _build_chunk(deepspeed, _settings(engine, world, chunk), optim, world, chunk, multipliers[name])
-        for name, chunk in model.chunks.items()
-    }
+    with redirect_stdout(StringIO()):  # where it says how much memory is left, asked or not
+        chunks = {
+            name: _build_chunk(deepspeed, _settings(engine, world, chunk), optim, world, chunk, multipliers[name])
+            for name, chunk in model.chunks.items()
+        }
 
     @contextmanager
     def but_the_last() -> Iterator[None]:
@@ -230,7 +231,7 @@ def build_zero(
     for chunk in model.chunks.values():
         chunk.config.no_sync_func = but_the_last
         chunk.config.grad_scale_func = lambda loss: loss * world.dp_size
-    return chunks, ZeroOptimiser(optim, chunks)
+    return chunks, ZeroOptimiser(optim, chunks, world.device)
 
 
 def _import_deepspeed(world: World) -> Any:
@@ -276,12 +277,17 @@ def _build_chunk(
 ) -> ZeroChunk:
     chunk.train()
     groups = _param_groups(optim, chunk, multipliers)
+    partitioned = settings["zero_optimization"]["stage"] == 3
+    if partitioned:  # one weight after the other, on the way to the device
+        deepspeed.zero.Init(module=chunk, config_dict_or_path=settings, dtype=world.params_dtype)
+        for buffer in chunk.buffers():
+            buffer.data = buffer.data.to(world.device)
     if groups:
         adam = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
         engine, *_ = deepspeed.initialize(model=chunk, optimizer=adam, config=settings, dist_init_required=False)
         _create_state(adam, engine.optimizer)
         return ZeroChunk(chunk, engine, adam, world.device)
-    if settings["zero_optimization"]["stage"] == 3:
+    if partitioned:
         engine, *_ = deepspeed.initialize(model=chunk, config=settings, dist_init_required=False)
         return ZeroChunk(chunk, engine, None, world.device)
     return ZeroChunk(chunk, None, None, world.device)

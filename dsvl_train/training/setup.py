@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -30,6 +32,12 @@ def choose_division(cfg: RunConfig) -> Division | None:
     tokens = data.micro_batch_size * data.seq_len
     costs = layer_costs(cfg.model, tokens, usual_tiles(cfg.model, tokens))
     return plan_division(costs, parallel.pp, parallel.vpp, parallel.vision_division, text_share=data.text_ratio, group=parallel.group)
+
+
+def building_place(cfg: RunConfig, world: World) -> World:
+    """Where to build the model: in main memory under ZeRO-3, for which a device need not hold it whole."""
+    on_host = cfg.engine.name == "deepspeed" and cfg.engine.zero_stage == 3
+    return replace(world, device=torch.device("cpu")) if on_host else world
 
 
 def build_trainable(cfg: RunConfig, world: World, model: VisionLanguageModel) -> tuple[Mapping[str, Chunk], Optimiser]:

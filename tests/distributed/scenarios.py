@@ -7,7 +7,11 @@ from typing import Any
 
 
 def train_tiny(family: str, parallel: dict[str, int], modalities: list[str], options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Train a tiny model for a few steps. Returns losses, gradient norms, and the whole final weights by logical name."""
+    """Train a tiny model for a few steps.
+
+    Returns losses, gradient norms, weights before and after by logical name with the optimiser's state, and what text steps changed of
+    vision and adaptor.
+    """
     from dsvl_train.parallel import startup
     from tests.tiny import SOURCES, tiny_batch, tiny_run
 
@@ -24,15 +28,24 @@ def train_tiny(family: str, parallel: dict[str, int], modalities: list[str], opt
     chunks, optimiser = build_trainable(cfg, world, model)
     step = TrainStep(cfg, world, model, chunks, optimiser, SOURCES)
     initial = whole_tensors(optimiser.boxes(model))
-    records = []
+    records: list[dict[str, Any]] = []
+    touched: set[str] = set()
     sent = watch_encoder_gradients(cfg.model.language.hidden_size)
     for number, modality in enumerate(modalities, start=1):
         batch = tiny_batch(cfg.model, number, modality, world.dp_rank, world.dp_size)  # type: ignore[arg-type]
+        before = of_vision(optimiser.boxes(model)) if modality == "text" else {}
         metrics, _ = step(batch, cfg.optim.lr, stop_requested=False)
+        after = of_vision(optimiser.boxes(model)) if modality == "text" else {}
+        touched |= {name for name, tensor in after.items() if not tensor.equal(before[name])}
         records.append(metrics)
     result = {"records": records, "initial": initial, "weights": whole_tensors(optimiser.boxes(model)), "updates": optimiser.steps_taken()}
     startup.stop()
-    return (result if world.is_main else {"records": records}) | {"encoder_gradients_sent": len(sent)}
+    return (result if world.is_main else {"records": records}) | {"encoder_gradients_sent": len(sent), "touched_by_text": touched}
+
+
+def of_vision(boxes: dict[str, Any]) -> dict[str, Any]:
+    """Copies of this rank's tensors of encoder and adaptor, the optimiser's among them."""
+    return {name: box.local.clone() for name, box in boxes.items() if ".vision." in name or ".adaptor." in name}
 
 
 def watch_encoder_gradients(hidden_size: int) -> list[tuple[int, ...]]:
@@ -78,7 +91,9 @@ def whole_tensors(boxes: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    mine = [(name.removeprefix("model."), box.whole, box.offset, box.local.clone().numpy()) for name, box in boxes.items()]
+    mine = [
+        (name.removeprefix("model."), box.whole, box.offset, box.local.to(torch.float32, copy=True).numpy()) for name, box in boxes.items()
+    ]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     whole: dict[str, Any] = {}

@@ -24,6 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 PIPELINE = ["parallel.tp=2", "parallel.pp=2"]
 EXPERTS = ["parallel.ep=2", "parallel.tile_balance=true"]
 SHARED_STATE = "parallel.distributed_optimizer=true"
+ZERO1, ZERO2, ZERO3 = (["engine=deepspeed", f"engine.zero_stage={stage}", "engine.zero_keep_whole=1000"] for stage in (1, 2, 3))
 ANSWERS = ["zero", "one", "two", "three", "four", "five"]
 
 
@@ -185,6 +186,11 @@ FULL = pytest.mark.full
         ("vl", "align", PIPELINE, 4),
         ("vl2", "pretrain", PIPELINE, 4),
         ("vl2", "sft", EXPERTS, 4),
+        ("vl2", "align", ZERO3, 2),
+        pytest.param("vl", "align", ZERO1, 2, marks=FULL),
+        pytest.param("vl", "pretrain", ZERO2, 2, marks=FULL),
+        pytest.param("vl", "sft", ZERO3, 2, marks=FULL),
+        pytest.param("vl2", "lm", ZERO3, 2, marks=FULL),
         pytest.param("vl", "pretrain", PIPELINE, 4, marks=FULL),
         pytest.param("vl", "sft", PIPELINE, 4, marks=FULL),
         pytest.param("vl2", "align", PIPELINE, 4, marks=FULL),
@@ -206,11 +212,19 @@ def test_stages_of_both_families_run(data: Path, tmp_path: Path, family: str, st
         ([], [*PIPELINE, "parallel.vision_division=first_stage"]),
         ([*EXPERTS, SHARED_STATE], PIPELINE),
         (PIPELINE, [*EXPERTS, SHARED_STATE]),
+        ([], ZERO3),
+        (ZERO3, ZERO1),
+        pytest.param(ZERO1, [], marks=FULL),
+        pytest.param(ZERO2, PIPELINE, marks=FULL),
+        pytest.param([], ZERO2, marks=FULL),
     ],
-    ids=["from a pipeline", "to a pipeline", "from a shared optimiser", "to a shared optimiser"],
+    ids=[
+        *("from a pipeline", "to a pipeline", "from a shared optimiser", "to a shared optimiser", "to ZeRO-3", "from ZeRO-3 to ZeRO-1"),
+        *("from ZeRO-1", "from ZeRO-2 to a pipeline", "to ZeRO-2"),
+    ],
 )
 def test_a_run_goes_on_with_another_layout(data: Path, uninterrupted: Path, tmp_path: Path, first: list[str], then: list[str]) -> None:
-    """The next global batches and losses are those of the run left alone."""
+    """Or with another engine; the next global batches and losses are those of the run left alone."""
     run_dir = tmp_path / "run"
     done = train(overrides(data, run_dir, "run.stop_after=5", *first), ranks=4 if first else 1)
     assert done.returncode == 0, done.stderr
