@@ -46,6 +46,7 @@ class ZeroChunk:
 
     def __init__(self, module: MegatronModule, engine: Any | None, adam: torch.optim.AdamW | None, device: torch.device) -> None:
         self.module, self._engine, self.adam, self._device = module, engine, adam, device
+        self._call: Any = module if adam is None else engine
 
     @property
     def trains(self) -> bool:
@@ -59,12 +60,12 @@ class ZeroChunk:
         return self._engine.optimizer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._engine(*args, **kwargs) if self._engine is not None and self.trains else self.module(*args, **kwargs)
+        return self._call(*args, **kwargs)
 
-    def is_last_micro_batch(self, last: bool) -> None:
-        """Whether the coming backward pass ends the step's gradients."""
-        if self.trains:
-            self._engine.set_gradient_accumulation_boundary(last)  # type: ignore[union-attr]
+    def set_last_micro_batch(self, last: bool) -> None:
+        """Say whether the coming backward pass completes the step's gradients."""
+        if self._engine is not None and self.trains:
+            self._engine.set_gradient_accumulation_boundary(last)
 
     def zero_grad_buffer(self) -> None:
         """Forget the gradients of the step before: ZeRO-3 keeps those of parameters that the coming step does not reach."""
@@ -223,10 +224,10 @@ def build_zero(
     def but_the_last() -> Iterator[None]:
         """Megatron's schedules run all micro-batches but the last inside this."""
         for chunk in chunks.values():
-            chunk.is_last_micro_batch(False)
+            chunk.set_last_micro_batch(False)
         yield
         for chunk in chunks.values():
-            chunk.is_last_micro_batch(True)
+            chunk.set_last_micro_batch(True)
 
     for chunk in model.chunks.values():
         chunk.config.no_sync_func = but_the_last

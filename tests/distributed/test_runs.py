@@ -21,6 +21,7 @@ from dsvl_train.data.tokenizer import train_byte_level_bpe
 from dsvl_train.reporting.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
+FULL = pytest.mark.full
 PIPELINE = ["parallel.tp=2", "parallel.pp=2"]
 EXPERTS = ["parallel.ep=2", "parallel.tile_balance=true"]
 SHARED_STATE = "parallel.distributed_optimizer=true"
@@ -144,9 +145,14 @@ def test_stop_after_and_resume_continue_the_same_loss_curve(data: Path, uninterr
     assert losses(run_dir) == losses(uninterrupted)
 
 
-def test_a_shared_optimiser_in_bf16_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "shared",
+    [[SHARED_STATE], ZERO3, pytest.param(ZERO1, marks=FULL), pytest.param([*ZERO2, "engine.offload=optimizer"], marks=FULL)],
+    ids=["Megatron's", "ZeRO-3", "ZeRO-1", "ZeRO-2 offloaded"],
+)
+def test_a_shared_optimiser_in_bf16_resumes_bit_for_bit(data: Path, tmp_path: Path, shared: list[str]) -> None:
     """The fp32 weights and moments that only one rank each holds come back to it."""
-    half = ["engine.precision=bf16", SHARED_STATE]
+    half = ["engine.precision=bf16", *shared]
     for name, parts in (("straight", [[]]), ("stopped", [["run.stop_after=5"], []])):
         for part in parts:
             done = train(overrides(data, tmp_path / name, *half, *part), ranks=2)
@@ -173,9 +179,6 @@ def test_ctrl_c_under_torchrun_saves_and_the_run_goes_on(data: Path, uninterrupt
     finished = train(overrides(data, run_dir, *long), ranks=2, torchrun=True)
     assert finished.returncode == 0, finished.stderr
     assert losses(run_dir) == losses(uninterrupted)
-
-
-FULL = pytest.mark.full
 
 
 @pytest.mark.parametrize(
@@ -212,15 +215,15 @@ def test_stages_of_both_families_run(data: Path, tmp_path: Path, family: str, st
         ([], [*PIPELINE, "parallel.vision_division=first_stage"]),
         ([*EXPERTS, SHARED_STATE], PIPELINE),
         (PIPELINE, [*EXPERTS, SHARED_STATE]),
-        ([], ZERO3),
-        (ZERO3, ZERO1),
-        pytest.param(ZERO1, [], marks=FULL),
-        pytest.param(ZERO2, PIPELINE, marks=FULL),
-        pytest.param([], ZERO2, marks=FULL),
+        (ZERO3, []),
+        pytest.param([], ZERO3, marks=FULL),
+        pytest.param(ZERO3, ZERO1, marks=FULL),
+        pytest.param(PIPELINE, ZERO2, marks=FULL),
+        pytest.param(ZERO2, EXPERTS, marks=FULL),
     ],
     ids=[
-        *("from a pipeline", "to a pipeline", "from a shared optimiser", "to a shared optimiser", "to ZeRO-3", "from ZeRO-3 to ZeRO-1"),
-        *("from ZeRO-1", "from ZeRO-2 to a pipeline", "to ZeRO-2"),
+        *("from a pipeline", "to a pipeline", "from a shared optimiser", "to a shared optimiser", "from ZeRO-3", "to ZeRO-3"),
+        *("from ZeRO-3 to ZeRO-1", "from a pipeline to ZeRO-2", "from ZeRO-2 to experts apart"),
     ],
 )
 def test_a_run_goes_on_with_another_layout(data: Path, uninterrupted: Path, tmp_path: Path, first: list[str], then: list[str]) -> None:
