@@ -95,17 +95,28 @@ class ZeroChunk:
         self._engine.step()
         scaling.remove()
 
+    def drop_gradients(self) -> None:
+        """Step without AdamW's part in it, after which DeepSpeed starts gathering gradients anew."""
+        assert self.adam is not None and self._engine is not None
+        self.adam.step = lambda closure=None: None  # type: ignore[method-assign]
+        self._engine.step()
+        del self.adam.step
+
 
 class ZeroOptimiser:
     """Steps the parameters that a step's modality reached."""
 
     def __init__(self, optim: OptimConfig, chunks: Mapping[str, ZeroChunk], device: torch.device) -> None:
         self.clip_grad, self.chunks, self._device = optim.clip_grad, chunks, device
+        self._prepared: list[ZeroChunk] = []
         self._updates = {"vision": 0, "language": 0}
         self._part_of = {id(parameter): name for name, chunk in chunks.items() for parameter in chunk.module.parameters()}
 
     def zero_grad(self, modality: Modality) -> None:
-        """Nothing is left to drop: each update has dropped the gradients that it used."""
+        """Drop the gradients of a step that was not to be updated; each update has dropped those that it used."""
+        for chunk in self._prepared:
+            chunk.drop_gradients()
+        self._prepared = []
 
     def set_learning_rate(self, lr: float) -> dict[str, float]:
         """Set every group's rate to lr * multiplier. Returns multiplier (as text) -> rate, for the log."""
@@ -116,22 +127,19 @@ class ZeroOptimiser:
                 rates[f"x{group['lr_multiplier']:g}"] = group["lr"]
         return rates
 
-    def step(self, modality: Modality) -> float:
-        """Clip by the global norm and update. Returns the norm before clipping.
+    def prepare(self, modality: Modality) -> float:
+        """Take over the gradients. Returns their global norm; nothing is updated yet."""
+        self._prepared = [chunk for name, chunk in self.chunks.items() if chunk.trains and (name != "vision" or modality == "multimodal")]
+        return math.sqrt(sum(float(chunk.squared_norm()) for chunk in self._prepared))
 
-        Raises:
-            FloatingPointError: the norm is not finite; nothing was updated.
-        """
-        reached = [chunk for name, chunk in self.chunks.items() if chunk.trains and (name != "vision" or modality == "multimodal")]
-        norm = math.sqrt(sum(float(chunk.squared_norm()) for chunk in reached))
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm of this {modality} step is {norm}; nothing was updated")
+    def update(self, modality: Modality, norm: float) -> None:
+        """Clip the prepared gradients, whose global norm is `norm`, and update."""
         scale = min(1.0, self.clip_grad / (norm + 1e-6)) if self.clip_grad > 0 else 1.0
-        for chunk in reached:
+        for chunk in self._prepared:
             chunk.update(scale)
+        self._prepared = []
         self._updates["language"] += 1
         self._updates["vision"] += modality == "multimodal"
-        return norm
 
     def steps_taken(self) -> dict[str, int]:
         """Updates of the `vision` and the `language` part so far; they differ by the text steps."""

@@ -52,12 +52,12 @@ class Optimiser(Protocol):
         """Set every group's rate to lr * multiplier. Returns multiplier (as text) -> rate, for the log."""
         ...
 
-    def step(self, modality: Modality) -> float:
-        """Clip by the global norm and update. Returns the norm before clipping.
+    def prepare(self, modality: Modality) -> float:
+        """Take over the gradients. Returns their global norm; nothing is updated yet."""
+        ...
 
-        Raises:
-            FloatingPointError: the norm is not finite; nothing was updated.
-        """
+    def update(self, modality: Modality, norm: float) -> None:
+        """Clip the prepared gradients, whose global norm is `norm`, and update."""
         ...
 
     def steps_taken(self) -> dict[str, int]:

@@ -6,8 +6,17 @@ import functools
 from typing import Any
 
 
-def train_tiny(family: str, parallel: dict[str, int], modalities: list[str], options: dict[str, Any] | None = None) -> dict[str, Any]:
+def train_tiny(
+    family: str,
+    parallel: dict[str, int],
+    modalities: list[str],
+    options: dict[str, Any] | None = None,
+    faults: dict[int, str] | None = None,
+) -> dict[str, Any]:
     """Train a tiny model for a few steps.
+
+    Args:
+        faults: step -> `nan` (its losses) or `skip` (it is judged to be a spike); such a step may not update.
 
     Returns losses, gradient norms, weights before and after by logical name with the optimiser's state, and what text steps changed of
     vision and adaptor.
@@ -21,12 +30,14 @@ def train_tiny(family: str, parallel: dict[str, int], modalities: list[str], opt
         setattr(functools.reduce(getattr, path, cfg), leaf, value)
     world = startup.start(cfg.engine, cfg.parallel, seed=0)
     from dsvl_train.models.build import build_model
-    from dsvl_train.training.setup import build_trainable, choose_division
+    from dsvl_train.models.costs import choose_division
+    from dsvl_train.training.setup import build_trainable
     from dsvl_train.training.step import TrainStep
 
     model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=0, division=choose_division(cfg))
     chunks, optimiser = build_trainable(cfg, world, model)
     step = TrainStep(cfg, world, model, chunks, optimiser, SOURCES)
+    spoil(step, faults or {})
     initial = whole_tensors(optimiser.boxes(model))
     records: list[dict[str, Any]] = []
     touched: set[str] = set()
@@ -41,6 +52,25 @@ def train_tiny(family: str, parallel: dict[str, int], modalities: list[str], opt
     result = {"records": records, "initial": initial, "weights": whole_tensors(optimiser.boxes(model)), "updates": optimiser.steps_taken()}
     startup.stop()
     return (result if world.is_main else {"records": records}) | {"encoder_gradients_sent": len(sent), "touched_by_text": touched}
+
+
+def spoil(step: Any, faults: dict[int, str]) -> None:
+    """Make steps fail as `faults` says."""
+    from dsvl_train.training.guards import Verdict
+
+    loss, judge = step._loss, step.guard.judge
+    now = {"step": 0}
+
+    def spoiled_loss(*inputs: Any) -> Any:
+        return loss(*inputs[:-1], inputs[-1] * (float("nan") if faults.get(now["step"]) == "nan" else 1.0))
+
+    def spoiled_judge(number: int, *rest: Any) -> Verdict:
+        return Verdict(False, "as told") if faults.get(number) == "skip" else judge(number, *rest)
+
+    def note_step(number: int, phase: str) -> None:
+        now["step"] = number
+
+    step._loss, step.guard.judge, step._pulse = spoiled_loss, spoiled_judge, note_step
 
 
 def of_vision(boxes: dict[str, Any]) -> dict[str, Any]:
