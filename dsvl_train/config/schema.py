@@ -332,7 +332,11 @@ class EngineConfig:
     timeout_s: int = 600
     """Seconds after which a collective that hangs ends the job."""
     zero_stage: int = 1
-    """ZeRO stage of the deepspeed engine, which is not available yet."""
+    """deepspeed: what data-parallel ranks keep a share of instead of all: 1 = the optimiser's state, 2 = gradients too, 3 = weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """deepspeed: what lies in main memory, the optimiser's state (and its update) or the weights too, for which zero_stage must be 3."""
+    zero_keep_whole: int = 100_000
+    """zero_stage 3: weights of at most this many elements stay whole on every rank."""
 
 
 @dataclass

@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from dsvl_train.config.compose import to_yaml
 from dsvl_train.config.schema import RunConfig
-from dsvl_train.interop.native import CONFIG_FILE, LATEST_FILE, PROCESSOR_FOLDER, STATE_FILE, Box, box, model_boxes, read_boxes, write_boxes
-from dsvl_train.models.logical import logical_tensors
+from dsvl_train.interop.native import CONFIG_FILE, LATEST_FILE, PROCESSOR_FOLDER, STATE_FILE, read_boxes, write_boxes
 from dsvl_train.models.vlm import VisionLanguageModel
-from dsvl_train.training.optimiser import ModalityOptimiser, ParameterState
+from dsvl_train.training.engine import Optimiser
 
 
 @dataclass
@@ -45,7 +43,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
-def save(folder: Path, cfg: RunConfig, model: VisionLanguageModel, optimiser: ModalityOptimiser, state: TrainState) -> None:
+def save(folder: Path, cfg: RunConfig, model: VisionLanguageModel, optimiser: Optimiser, state: TrainState) -> None:
     """Write a checkpoint; every rank calls. It gets its name, and `latest` its content, when all shards are on disk."""
     is_main = dist.get_rank() == 0
     unfinished = folder.with_name(f".unfinished_{folder.name}")
@@ -53,7 +51,7 @@ def save(folder: Path, cfg: RunConfig, model: VisionLanguageModel, optimiser: Mo
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    write_boxes(unfinished, model_boxes(model) | _OptimiserTensors(model, optimiser).boxes)
+    write_boxes(unfinished, optimiser.boxes(model))
     if is_main:
         _copy_processor(Path(cfg.data.processor), unfinished / PROCESSOR_FOLDER)
         (unfinished / CONFIG_FILE).write_text(to_yaml(cfg))
@@ -65,41 +63,16 @@ def save(folder: Path, cfg: RunConfig, model: VisionLanguageModel, optimiser: Mo
     dist.barrier()
 
 
-def load(folder: Path, model: VisionLanguageModel, optimiser: ModalityOptimiser) -> TrainState:
+def load(folder: Path, model: VisionLanguageModel, optimiser: Optimiser) -> TrainState:
     """Read weights and optimiser state; every rank calls.
 
     Raises:
         ValueError: a tensor is missing or has another shape; names it.
     """
     state = TrainState(**json.loads((folder / STATE_FILE).read_text()))
-    optimiser.create_state(state.updates)
-    tensors = _OptimiserTensors(model, optimiser)
-    read_boxes(folder, model_boxes(model) | tensors.boxes)
-    tensors.absorb()
+    with optimiser.restoring(model, state.updates) as boxes:
+        read_boxes(folder, boxes)
     return state
-
-
-class _OptimiserTensors:
-    """The optimiser's tensors of this rank's parameters, whole, as boxes to write or to read into."""
-
-    def __init__(self, model: VisionLanguageModel, optimiser: ModalityOptimiser) -> None:
-        self.boxes: dict[str, Box] = {}
-        self._whole: dict[int, tuple[ParameterState, dict[str, torch.Tensor]]] = {}
-        for tensor, local in logical_tensors(model):
-            if not isinstance(local, torch.nn.Parameter):
-                continue
-            if id(local) not in self._whole:  # a parameter may be several logical tensors
-                state = optimiser.state_of(local)
-                if state is None:
-                    continue
-                self._whole[id(local)] = state, state.whole(local)
-            _, whole = self._whole[id(local)]
-            self.boxes |= {f"optim.{name}.{tensor.name}": box(tensor, values) for name, values in whole.items()}
-
-    def absorb(self) -> None:
-        """Hand what was read to the optimiser."""
-        for state, whole in self._whole.values():
-            state.absorb(whole)
 
 
 def _copy_processor(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ their weights; here each chunk has optimisers of its own, and a text step runs t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +21,11 @@ from torch import Tensor, nn
 
 from dsvl_train.config.schema import OptimConfig
 from dsvl_train.data.batch import Modality
+from dsvl_train.interop.native import Box, box, model_boxes
+from dsvl_train.models.logical import logical_tensors
+from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.training.adamw import Bf16MomentsAdamW, zero_state
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state tensors, shaped like their parameter."""
-MAIN = "main"
-"""The fp32 weight that is updated where the model computes in bf16."""
+from dsvl_train.training.engine import MAIN, MOMENTS
 
 
 class ModalityOptimiser:
@@ -143,6 +143,18 @@ class ModalityOptimiser:
                 if steps[_part(name)] and not optimiser.is_stub_optimizer:
                     _create_state(optimiser.optimizer, steps[_part(name)], self.moments_dtype)
 
+    def boxes(self, model: VisionLanguageModel) -> dict[str, Box]:
+        """Weights, buffers and the optimiser's state as this rank writes them; every rank calls."""
+        return model_boxes(model) | _OptimiserTensors(model, self).boxes
+
+    @contextmanager
+    def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> Iterator[dict[str, Box]]:
+        """A context that gives the boxes to read a checkpoint into; what they then hold becomes the state. Every rank enters it."""
+        self.create_state(updates)
+        tensors = _OptimiserTensors(model, self)
+        yield model_boxes(model) | tensors.boxes
+        tensors.absorb()
+
 
 @dataclass
 class ParameterState:
@@ -175,6 +187,29 @@ class ParameterState:
         if self.group is not None and self.share is not None:
             for name, tensor in self.tensors.items():
                 tensor.view(-1).copy_(whole[name].view(-1)[self.share[0] : self.share[1]])
+
+
+class _OptimiserTensors:
+    """The optimiser's tensors of this rank's parameters, whole, as boxes to write or to read into."""
+
+    def __init__(self, model: VisionLanguageModel, optimiser: ModalityOptimiser) -> None:
+        self.boxes: dict[str, Box] = {}
+        self._whole: dict[int, tuple[ParameterState, dict[str, Tensor]]] = {}
+        for tensor, local in logical_tensors(model):
+            if not isinstance(local, nn.Parameter):
+                continue
+            if id(local) not in self._whole:  # a parameter may be several logical tensors
+                state = optimiser.state_of(local)
+                if state is None:
+                    continue
+                self._whole[id(local)] = state, state.whole(local)
+            _, whole = self._whole[id(local)]
+            self.boxes |= {f"optim.{name}.{tensor.name}": box(tensor, values) for name, values in whole.items()}
+
+    def absorb(self) -> None:
+        """Hand what was read to the optimiser."""
+        for state, whole in self._whole.values():
+            state.absorb(whole)
 
 
 def _plain_state(optimiser: MegatronOptimizer, parameter: nn.Parameter, moments_dtype: torch.dtype) -> ParameterState | None:

@@ -49,7 +49,7 @@ def _train(cfg: RunConfig, world: World) -> int:
     from dsvl_train.training.bad_samples import BadSampleWatch
     from dsvl_train.training.callbacks import default_callbacks
     from dsvl_train.training.interrupt import StopRequest
-    from dsvl_train.training.setup import build_trainable, check_processor
+    from dsvl_train.training.setup import build_trainable, building_place, check_processor
     from dsvl_train.training.step import TrainStep
     from dsvl_train.training.trainer import Trainer
     from dsvl_train.training.watchdog import Watchdog
@@ -60,7 +60,7 @@ def _train(cfg: RunConfig, world: World) -> int:
     resume_from = _checkpoint_to_resume(cfg, run_dir)
     data = _open_data(cfg, world)
     check_processor(cfg.model, data.processor)
-    model = build_model(cfg.model, cfg.stage, cfg.parallel, world, cfg.run.seed, choose_division(cfg))
+    model = build_model(cfg.model, cfg.stage, cfg.parallel, building_place(cfg, world), cfg.run.seed, choose_division(cfg))
     if resume_from is None:
         _load_initial_weights(cfg, world, model)
     chunks, optimiser = build_trainable(cfg, world, model)

@@ -21,6 +21,7 @@ from dsvl_train.parallel.pipeline_simulation import most_kept
 from dsvl_train.planning import activations
 from dsvl_train.planning.activations import Numerics
 from dsvl_train.planning.memory import plan_layout
+from dsvl_train.planning.times import step_times
 from tests.tiny import VOCAB, tiny_model, tiny_run
 
 TOLERANCE = 0.05
