@@ -9,18 +9,32 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MAY_IMPORT = {
     "config": {"config"},
+    "checkpoints": {"checkpoints", "config"},
     "parallel": {"parallel", "config"},
     "models": {"models", "parallel", "config"},
     "data": {"data", "config"},
-    "interop": {"interop", "models", "parallel", "config"},
-    "evaluation": {"evaluation", "interop", "models", "parallel", "data", "config"},
-    "training": {"training", "evaluation", "interop", "models", "parallel", "data", "config", "reporting"},
+    "interop": {"interop", "checkpoints", "models", "parallel", "config"},
+    "evaluation": {"evaluation", "checkpoints", "interop", "models", "parallel", "data", "config"},
+    "training": {"training", "checkpoints", "evaluation", "interop", "models", "parallel", "data", "config", "reporting"},
     "reporting": {"reporting", "config"},
     "failures": {"config"},
     "rank": {"config", "failures", "training"},
     "launcher": {"config", "failures", "rank", "training"},
-    "commands": {"config", "data", "evaluation", "failures", "interop", "models", "parallel"},
-    "cli": {"commands", "config", "data", "evaluation", "failures", "interop", "launcher", "models", "parallel", "reporting", "training"},
+    "commands": {"checkpoints", "config", "data", "evaluation", "failures", "interop", "models", "parallel"},
+    "cli": {
+        "checkpoints",
+        "commands",
+        "config",
+        "data",
+        "evaluation",
+        "failures",
+        "interop",
+        "launcher",
+        "models",
+        "parallel",
+        "reporting",
+        "training",
+    },
 }
 """Part of dsvl_train (a folder, or a module beside them) -> the parts that it may import."""
 
