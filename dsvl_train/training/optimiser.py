@@ -169,6 +169,12 @@ class ParameterState:
             together[name] = flat.view(parameter.shape)
         return together
 
+    def to_read_into(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Tensors in the parameter's shape for `absorb`: themselves, or where this rank has a share only, new ones in host memory."""
+        if self.group is None:
+            return self.tensors
+        return {name: torch.empty(parameter.shape, dtype=torch.float32) for name in self.names}
+
     def absorb(self, whole: Mapping[str, Tensor]) -> None:
         """Take this rank's share out of whole tensors."""
         if self.group is not None and self.share is not None:

@@ -14,57 +14,11 @@ import pytest
 from dsvl_train.checkpoints.folders import find_latest, list_steps, step_folder
 from dsvl_train.checkpoints.manifest import check
 from tests.distributed.harness import run_ranks, small_disk
+from tests.distributed.scenarios import TinyRun
 
 FULL = pytest.mark.full
 ZERO = {"distributed_optimizer": True}
 BEFORE, AFTER = ["multimodal", "text", "multimodal"], ["text", "multimodal", "multimodal"]
-
-
-class Run:
-    """A tiny run on this rank, driven by hand."""
-
-    def __init__(self, family: str, parallel: dict[str, Any], run_dir: str, **checkpoint: Any) -> None:
-        from dsvl_train.parallel import startup
-        from tests.tiny import tiny_run
-
-        self.cfg = tiny_run(family, run_dir, **parallel)
-        self.cfg.data.processor = f"{run_dir}/processor"
-        for key, value in checkpoint.items():
-            setattr(self.cfg.checkpoint, key, value)
-        self.world = startup.start(self.cfg.engine, self.cfg.parallel, seed=0)
-        self.build(seed=0)
-
-    def build(self, seed: int) -> None:
-        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-        from dsvl_train.models.build import build_model
-        from dsvl_train.training import checkpoint
-        from dsvl_train.training.setup import build_trainable, choose_division
-        from dsvl_train.training.step import TrainStep
-        from tests.tiny import SOURCES
-
-        MoEAuxLossAutoScaler.main_loss_backward_scale = None
-        cfg, world = self.cfg, self.world
-        self.model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed, choose_division(cfg))
-        chunks, self.optimiser = build_trainable(cfg, world, self.model)
-        self.step = TrainStep(cfg, world, self.model, chunks, self.optimiser, SOURCES)
-        self.saver = checkpoint.Saver(cfg, world, self.model, self.optimiser)
-        self.done = 0
-
-    def train(self, modalities: list[str]) -> list[float]:
-        from tests.tiny import tiny_batch
-
-        losses = []
-        for modality in modalities:
-            self.done += 1
-            batch = tiny_batch(self.cfg.model, self.done, modality, self.world.dp_rank, self.world.dp_size)  # type: ignore[arg-type]
-            losses.append(self.step(batch, self.cfg.optim.lr, stop_requested=False)[0]["loss"])
-        return losses
-
-    def save(self, *, last: bool = False) -> list[Path]:
-        from dsvl_train.training.checkpoint import TrainState
-
-        return self.saver.save(TrainState(self.done, {}, self.optimiser.steps_taken(), 0), last=last)
 
 
 # ------------------------------------------------------------------------------------------------------------------ layouts
@@ -72,7 +26,7 @@ class Run:
 
 def save_and_go_on(family: str, parallel: dict[str, Any], run_dir: str) -> list[float]:
     """Train, save behind the next steps. Returns their losses."""
-    run = Run(family, parallel, run_dir)
+    run = TinyRun(family, parallel, run_dir)
     run.train(BEFORE)
     run.save()
     losses = run.train(AFTER)
@@ -82,7 +36,7 @@ def save_and_go_on(family: str, parallel: dict[str, Any], run_dir: str) -> list[
 
 def load_and_go_on(family: str, parallel: dict[str, Any], run_dirs: list[str]) -> list[list[float]]:
     """The next losses from each of several runs' checkpoints."""
-    run = Run(family, parallel, run_dirs[0])
+    run = TinyRun(family, parallel, run_dirs[0])
     from dsvl_train.training.checkpoint import load, prepare_resume
 
     losses = []
@@ -149,7 +103,7 @@ def test_a_checkpoint_of_any_layout_goes_on_with_any_other(tmp_path: Path, famil
 
 def save_every_step(run_dir: str, asynchronous: bool) -> list[str]:
     """Returns the names of the checkpoints in the order of publication, as this rank saw it."""
-    run = Run("vl2", {"tp": 2} | ZERO, run_dir, asynchronous=asynchronous, keep_last=0)
+    run = TinyRun("vl2", {"tp": 2} | ZERO, run_dir, asynchronous=asynchronous, keep_last=0)
     published = []
     for modality in ["text", "multimodal", "text"]:
         run.train([modality])
@@ -187,7 +141,7 @@ def remount(folder: str, options: str) -> None:
 
 def meet_a_full_and_a_read_only_disk(run_dir: str) -> list[str]:
     """Save on a disk with room for one checkpoint, with on_error=continue, then stop. Returns what happened."""
-    run = Run("vl2", {}, run_dir, on_error="continue", retries=1, retry_s=0.01, keep_last=1)
+    run = TinyRun("vl2", {}, run_dir, on_error="continue", retries=1, retry_s=0.01, keep_last=1)
     from dsvl_train.training.checkpoint import CheckpointError
 
     disk = f"{run_dir}/checkpoints"
@@ -235,7 +189,7 @@ def test_a_full_or_read_only_disk_costs_no_checkpoint(tmp_path: Path) -> None:
 
 def fail_on_one_rank(run_dir: str) -> list[str]:
     """Rank 1 alone may write no large file. Returns the checkpoints that were published, then the error."""
-    run = Run("vl", {"tp": 2}, run_dir, retries=1, retry_s=0.01)
+    run = TinyRun("vl", {"tp": 2}, run_dir, retries=1, retry_s=0.01)
     from dsvl_train.training.checkpoint import CheckpointError
 
     run.train(["text"])

@@ -59,7 +59,7 @@ def load(folder: Path, model: VisionLanguageModel, optimiser: ModalityOptimiser)
     boxes = model_boxes(model)
     read_into: list[tuple[ParameterState, dict[str, torch.Tensor]]] = []
     for parameter, held, tensors in _optimiser_states(model, optimiser):
-        whole = held.whole(parameter)
+        whole = held.to_read_into(parameter)
         read_into.append((held, whole))
         boxes |= {f"optim.{name}.{tensor.name}": box(tensor, values) for tensor in tensors for name, values in whole.items()}
     read_boxes(folder, boxes)
