@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -92,6 +93,29 @@ def test_ranks_that_do_not_see_one_folder_publish_nothing(tmp_path: Path) -> Non
     with pytest.raises(DamagedCheckpointError, match=r"shard_00002_of_00002\.safetensors is missing.*same file system"):
         publish(saving, final, Manifest(1, {"shard_00002_of_00002.safetensors": elsewhere}))
     assert not final.exists() and named_latest(tmp_path) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads from /proc which file is synced")
+def test_nothing_gets_a_name_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill cannot show what a power failure would; the order of the system calls can."""
+    write_checkpoint(tmp_path, 1)
+    calls: list[str] = []
+    sync, rename, replace = os.fsync, os.rename, os.replace
+
+    def short(path: object) -> str:
+        return os.path.relpath(str(path), tmp_path / "checkpoints")
+
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(f"sync {short(os.readlink(f'/proc/self/fd/{fd}'))}"), sync(fd)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append(f"rename {short(a)} {short(b)}"), rename(a, b)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"rename {short(a)} {short(b)}"), replace(a, b)))
+    write_checkpoint(tmp_path, 2)
+    named = calls.index("rename .saving_step_00000002 step_00000002")
+    latest = calls.index("rename .latest.new latest")
+    contents = {f"sync .saving_step_00000002/{name}" for name in (*FILES, "manifest.json", "processor")} | {"sync .saving_step_00000002"}
+    assert contents | {"sync .latest.new"} <= set(calls[:named])
+    assert calls.index("sync .saving_step_00000002") > calls.index("sync .saving_step_00000002/manifest.json")
+    assert "sync ." in calls[named:latest], "the new name is durable before `latest` says it"
+    assert "sync ." in calls[latest:]
 
 
 # ------------------------------------------------------------------------------------------------------------ which is latest
@@ -203,6 +227,8 @@ def test_kills_at_any_moment_leave_every_visible_checkpoint_whole_and_latest_on_
         process.stdout.close()
         for path in list_steps(tmp_path):
             check(path, full=True)
+        named = named_latest(tmp_path)
+        assert named is None or named.exists() or named.with_name(f".removing_{named.name}").exists()
         leftovers += len(clear_leftovers(tmp_path))
         assert not [path.name for path in (tmp_path / "checkpoints").glob(".*")]
         latest = find_latest(tmp_path)

@@ -36,6 +36,8 @@ from dsvl_train.training.optimiser import ModalityOptimiser
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_PATIENCE_S = 0.1
+
 
 class CheckpointError(OSError):
     """A checkpoint could not be written; says where, why, and what is left."""
@@ -124,10 +126,10 @@ class Saver:
         save, started = self._save, time.perf_counter()
         assert save is not None
         try:
-            if patient:
-                wait([save.work])
-            if not all_agree(save.work.done(), self._world.device):
-                return []
+            while not all_agree(save.work.done(), self._world.device):
+                if not patient:
+                    return []
+                wait([save.work], timeout=_PATIENCE_S)  # all ranks ask again and again: no collective waits for a slow disk
             files, errors = _together(gather(_outcome(save.work)))
             if errors:
                 self._fail(save, errors)
