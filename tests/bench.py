@@ -1,4 +1,4 @@
-"""A tiny model that is trained and saved by hand, in one process."""
+"""A tiny model with everything that a training step needs, trained and saved by hand in one process."""
 
 from __future__ import annotations
 
@@ -59,3 +59,7 @@ def save(world: startup.World, bench: Bench, run_dir: Path, state: Any = None) -
     state = state or checkpoint.TrainState(bench.done, {}, bench.optimiser.steps_taken(), 0)
     (folder,) = checkpoint.Saver(bench.cfg, world, bench.model, bench.optimiser).save(state, last=True)
     return folder
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in after if name not in before or not torch.equal(before[name], after[name])}

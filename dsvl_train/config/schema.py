@@ -235,6 +235,8 @@ class DataConfig:
     """Sequences computed at once on one rank; they are laid end to end, so none is padded for another's length."""
     text_ratio: float = 0.0
     """Target share of text steps (VL §3.2.2: 0.7; VL2 §3.2: 0.3)."""
+    modality_grouping: bool = True
+    """True: a step has one modality (VL §4.4). False, for ablation: every global batch mixes text and image sequences by the share."""
     text_ratio_start: float = 1.0
     """Share of text steps at step 1, before the modality warm-up."""
     text_warmup_steps: int = 0
@@ -248,8 +250,10 @@ class DataConfig:
     """Local tiles of one image at most (VL2: m * n <= 9)."""
     tiling_image_limit: int = 2
     """Samples with more images than this are not tiled (VL2 §2)."""
+    max_tiles_per_sequence: int | None = None
+    """Tiles of a sequence at most, thumbnails included; a sample with more is a counted skip. null = as many as its tokens allow."""
     decode: Literal["exact", "fast"] = "exact"
-    """exact: pixels bit for bit as the released processor's. fast: about three times as fast, no value more than 2 of 255 off."""
+    """exact: pixels bit for bit as the released processor's. fast: no value more than 2 of 255 off."""
     window: int = 1024
     """Samples that packing looks over at once."""
     workers: int = 1
@@ -280,6 +284,9 @@ class DataConfig:
 # --------------------------------------------------------------------------------------------------- parallel, engine, optim
 
 
+RecomputeModule = Literal["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
+
+
 @dataclass
 class ParallelConfig:
     tp: int = 1
@@ -303,6 +310,14 @@ class ParallelConfig:
     """Data parallel ranks keep a share of the optimiser's state each (ZeRO-1), and gather the updated weights."""
     tile_balance: bool = False
     """Exchange tiles between data parallel ranks before encoding (VL2 §4.2)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What of the language model's activations the backward pass computes again instead of keeping them. selective: those of
+    recompute_modules, attention itself being kept. full: of every layer all but its input, for one more forward pass."""
+    recompute_modules: list[RecomputeModule] | None = None
+    """selective only; null = norms, feed-forward layers (mlp, moe), and with latent attention its up-projections. `moe` repeats the
+    exchange of tokens between expert parallel ranks."""
+    vision_recompute: bool = False
+    """Keep only the input of each block of the vision encoders, and run the blocks again in the backward pass."""
 
 
 @dataclass
@@ -375,6 +390,31 @@ class CheckpointConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What is done when training goes wrong."""
+
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """A loss or gradient norm that is not finite: make no update, or stop the run."""
+    spike: Literal["off", "warn", "skip"] = "warn"
+    """A loss or gradient norm far above its recent values: nothing, say so, or make no update."""
+    spike_sigma: float = 6.0
+    """Far above: this many standard deviations above the mean."""
+    spike_window: int = 100
+    """Recent: this many steps of the same modality."""
+    max_skipped: int = 5
+    """Stop the run when so many updates in a row were not made."""
+    hang_s: float = 480.0
+    """Seconds without any progress after which a rank is taken to hang: the job ends, and names it; 0 = never. Keep it below
+    engine.timeout_s, whose error names nobody."""
+    straggler_ratio: float = 1.5
+    """Warn of a rank that computes so many times as long as the middle one of all."""
+    straggler_window: int = 20
+    """Steps that a rank must be slow for."""
+    min_free_memory: float = 0.05
+    """Warn when less than this share of a machine's memory is free."""
+
+
+@dataclass
 class LoggingConfig:
     every: int = 1
     """Print a progress line every this many steps where there is no terminal for a bar."""
@@ -388,6 +428,8 @@ class LoggingConfig:
 class LaunchConfig:
     nproc: int = 0
     """Ranks that train.py starts on this machine; 0 = be one process, or one rank under torchrun."""
+    grace_s: float = 60.0
+    """Seconds that these ranks have to finish their step and save after a signal."""
 
 
 @dataclass
@@ -432,5 +474,6 @@ class RunConfig:
     logging: LoggingConfig
     launch: LaunchConfig
     init: InitConfig
+    guard: GuardConfig = field(default_factory=GuardConfig)
     resume: str = "auto"
     """auto: go on from the run folder's latest checkpoint if there is one. none: start anew. Else: a checkpoint folder."""

@@ -5,6 +5,7 @@ Shapes: t = tokens of a micro-batch, s = samples in it, i = images, n = tiles; t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -53,9 +54,10 @@ class StepBatch:
     step: int
     """From 1."""
     modality: Modality
+    """multimodal: there are multimodal sequences in the global batch; without data.modality_grouping there may be text ones beside them."""
     micro_batches: list[MicroBatch]
     text_share: float
-    """Realised share of text steps, this one included."""
+    """Realised share of text sequences, this step's included; with modality grouping that is the share of text steps."""
     text_share_target: float
     """The schedule's average up to and including this step: what the realised share tracks."""
     text_ratio: float
@@ -68,6 +70,8 @@ class StepBatch:
     """Samples of this rank's share that were replaced by masked padding in this step."""
     first_seen: int = 0
     """Samples of the global batch that no step before this one held."""
+    sample_names: Callable[[], list[str]] = field(default=list, repr=False)
+    """Source and place of every sample of the global batch; looked up when somebody asks."""
 
     @property
     def bad_samples(self) -> int:

@@ -17,17 +17,22 @@ from dsvl_train.parallel.startup import World
 from dsvl_train.training.bad_samples import BadSampleWatch
 from dsvl_train.training.callbacks import Callback, Metrics
 from dsvl_train.training.checkpoint import CheckpointError, Saver, TrainState
+from dsvl_train.training.guards import TrainingDiverged, note_step
 from dsvl_train.training.interrupt import StopRequest
 from dsvl_train.training.optimiser import ModalityOptimiser
 from dsvl_train.training.schedules import learning_rate
 from dsvl_train.training.step import BatchCounts, TrainStep
+from dsvl_train.training.watchdog import Watchdog
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
+
+_SAVING_PATIENCE = 4.0
+"""Saving may take so many times guard.hang_s: storage has slow hours."""
 
 TOTALS = ("tokens", "supervised_tokens", "tiles")
 """Counts of a batch that are summed over the run."""
 
-_RAISED_BY_ALL_RANKS = (FloatingPointError, TooManyBadSamples)
+_RAISED_BY_ALL_RANKS = (TrainingDiverged, TooManyBadSamples)
 """Errors of a step that every rank raises in the same step, so that all of them can still do something together."""
 
 
@@ -44,6 +49,7 @@ class Trainer:
     callbacks: Sequence[Callback]
     stop: StopRequest
     bad_samples: BadSampleWatch
+    watchdog: Watchdog
     saver: Saver
     step: int = 0
     """Last step done."""
@@ -67,7 +73,8 @@ class Trainer:
         """Train. Returns why it ended: "finished", "stop_after" or "interrupted"."""
         self._tell("on_run_start")
         try:
-            reason = self._loop()
+            with self.watchdog:
+                reason = self._loop()
         except BaseException as error:
             if isinstance(error, _RAISED_BY_ALL_RANKS):
                 self._finish_save()
@@ -79,6 +86,7 @@ class Trainer:
     def _loop(self) -> str:
         batches = iter(self.data)
         while self.step < self.last_step:
+            self.watchdog.pulse(self.step + 1, "waiting for data")
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
@@ -99,9 +107,17 @@ class Trainer:
         for name in TOTALS:
             self.totals[name] += getattr(counts, name)
         self.metrics = self._record(batch, metrics, counts, data_wait_s)
+        if metrics["trouble"] is not None and self.is_main:
+            self._note_trouble(batch)
         self._tell("on_step_end", self.metrics)
         self.bad_samples.check(batch.step)
         return counts.stop_requested
+
+    def _note_trouble(self, batch: StepBatch) -> None:
+        record = {key: self.metrics[key] for key in ("step", "modality", "trouble", "updated")}
+        outcome = "the update was made" if record["updated"] else "no update was made"
+        log.warning("step %d (%s): %s; %s", batch.step, batch.modality, record["trouble"], outcome)
+        note_step(self.run_dir, record | {"samples": batch.sample_names()})
 
     def _record(self, batch: StepBatch, metrics: Metrics, counts: BatchCounts, data_wait_s: float) -> Metrics:
         tiles = batch.tiles_per_rank
@@ -132,9 +148,17 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def _save(self, last: bool) -> None:
+        self.watchdog.pulse(self.step, "saving", patience=_SAVING_PATIENCE)
         tally = self.bad_samples.tally
-        updates = self.optimiser.steps_taken()
-        state = TrainState(self.step, self.data.state(), updates, tally.total, tally.seen, dict(self.totals))
+        state = TrainState(
+            self.step,
+            self.data.state(),
+            self.optimiser.steps_taken(),
+            tally.total,
+            samples_seen=tally.seen,
+            totals=dict(self.totals),
+            guard=self.train_step.guard.state(),
+        )
         self._tell_published(self.saver.save(state, last=last))
 
     def _finish_save(self) -> None:
@@ -142,7 +166,7 @@ class Trainer:
         try:
             self._tell_published(self.saver.finish())
         except CheckpointError as problem:
-            _log.warning("%s", problem)
+            log.warning("%s", problem)
 
     def _tell_published(self, folders: list[Path]) -> None:
         for folder in folders:

@@ -13,7 +13,7 @@ import torch
 from dsvl_train.config.schema import ParamRule, VisionConfig
 from dsvl_train.data.batch import IGNORE_INDEX
 from dsvl_train.parallel import startup
-from tests.bench import Bench, save
+from tests.bench import Bench, changed, save
 from tests.tiny import tiny_batch, tiny_model, tiny_run
 
 
@@ -22,10 +22,6 @@ def world() -> Iterator[startup.World]:
     world = startup.start(tiny_run("vl").engine, tiny_run("vl").parallel, seed=0)
     yield world
     startup.stop()
-
-
-def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name in after if name not in before or not torch.equal(before[name], after[name])}
 
 
 @pytest.mark.parametrize("family", ["vl", "vl2"])
@@ -153,8 +149,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(world: startup.World) -> None
     with torch.no_grad():
         bench.model.language.language.output_layer.weight[0, 0] = float("nan")
     before = bench.state()
-    with pytest.raises(FloatingPointError, match="nothing was updated"):
-        bench.run("text")
+    assert bench.run("text")[0]["updated"] is False
     assert not [name for name in changed(before, bench.state()) if not torch.isnan(before[name]).any()]
 
 

@@ -35,6 +35,8 @@ class TrainState:
     """Different samples that the steps so far held."""
     totals: dict[str, int] = field(default_factory=dict)
     """Sums over the steps so far: tokens, supervised_tokens, tiles."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What `UpdateGuard` remembers."""
 
 
 def stored_boxes(model: VisionLanguageModel, optimiser: ModalityOptimiser) -> Iterator[tuple[str, Box]]:
