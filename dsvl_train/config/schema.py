@@ -382,6 +382,20 @@ class CheckpointConfig:
     """Save every this many steps; 0 = at the end only. The last step is always saved."""
     keep_last: int = 2
     """Keep this many newest checkpoints; 0 = all."""
+    keep_every: int = 0
+    """Also keep the checkpoint of every step that this divides, for good; 0 = none."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; False: training waits until the checkpoint is published."""
+    verify: Literal["size", "full"] = "full"
+    """What is compared with a checkpoint's manifest before a run goes on from it. full: size and SHA-256 of every file. size: sizes."""
+    fallback: bool = False
+    """Go on from the newest good checkpoint where the latest is damaged. False: a damaged one is an error."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written, retries included: end the run, or train on and try again with the next one."""
+    retries: int = 2
+    """Repetitions of a save that failed, from the same copy in memory while training goes on."""
+    retry_s: float = 5.0
+    """Seconds before each repetition."""
 
 
 @dataclass
