@@ -231,6 +231,8 @@ class DataConfig:
     """True: a sequence is a pack of samples up to seq_len tokens. False: a sequence is one sample."""
     batch_size: int
     """Sequences of a global batch."""
+    root: str = "data"
+    """Folder or URL with a folder per source, for mixtures that say so (`${data.root}/…` in conf/data/vl and conf/data/vl2)."""
     micro_batch_size: int = 1
     """Sequences computed at once on one rank; they are laid end to end, so none is padded for another's length."""
     text_ratio: float = 0.0
@@ -374,6 +376,10 @@ class LoggingConfig:
 class LaunchConfig:
     nproc: int = 0
     """Ranks that train.py starts on this machine; 0 = be one process, or one rank under torchrun."""
+    nodes: int = 1
+    """Machines that the recipe's layout is made for. It starts none of them; a run on others has a layout of its own."""
+    gpus_per_node: int = 8
+    """GPUs of each of them."""
 
 
 @dataclass
