@@ -22,6 +22,13 @@ from dsvl_train.config.errors import ConfigError
 DONE, FAILED, WRONG_CONFIG, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 """Exit codes of a run; the last two after SIGINT and SIGTERM, as shells count."""
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Each asks a run to finish its step, save and leave with exit code 128 + signal, by which a job script knows that it may be requeued."""
+
+SECOND_SIGNAL_AFTER_S = 2.0
+"""One signal reaches a rank more than once: a terminal and job managers send it to several processes, and some of these hand it on. A later
+one is a second wish."""
+
 ERROR_FILE = "DSVL_ERROR_FILE"
 """Environment variable by which the launcher tells a rank where to leave its error."""
 
@@ -69,6 +76,17 @@ def report(error: Exception, code: int) -> None:
             print(f"rank {rank}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
+
+
+def end_with(text: str | None) -> None:
+    """End this process from whatever thread, with an error for people; None = another rank's says it."""
+    if text is not None:
+        for variable in (ERROR_FILE, _TORCHRUN_ERROR_FILE):
+            if path := os.environ.get(variable):
+                _write_error(Path(path), text)
+        if ERROR_FILE not in os.environ:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+    os._exit(FAILED)
 
 
 def describe(error: Exception) -> str:

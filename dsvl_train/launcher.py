@@ -20,18 +20,15 @@ from types import FrameType
 from dsvl_train.config.compose import to_yaml
 from dsvl_train.config.schema import RunConfig
 from dsvl_train.config.validate import validate
-from dsvl_train.failures import DONE, ERROR_FILE, FAILED, INTERRUPTED, TERMINATED, WRONG_CONFIG, read_error
+from dsvl_train.failures import DONE, ERROR_FILE, FAILED, INTERRUPTED, SECOND_SIGNAL_AFTER_S, STOP_SIGNALS, WRONG_CONFIG, read_error
 from dsvl_train.rank import LAUNCHER_PID
-
-STOP_GRACE_S = 60.0
-"""Seconds that ranks have to save and stop after Ctrl-C or SIGTERM."""
 
 FAILURE_GRACE_S = 5.0
 """Seconds that ranks have to end by themselves after one of them failed."""
 
 _POLL_S = 0.05
 _LOG_LINES_SHOWN = 20
-_NO_FAILURE = {DONE, INTERRUPTED, TERMINATED}
+_NO_FAILURE = {DONE, *(128 + number for number in STOP_SIGNALS)}
 _CRASHES = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 """Ends that are a cause: the other ranks' errors follow from them. SIGABRT is not one, libraries abort when they lose a peer."""
 
@@ -61,7 +58,7 @@ def launch(config: RunConfig, ranks: int) -> int:
         log = Path(config.run.dir) / "log"
         log.mkdir(parents=True, exist_ok=True)
         shared = _environment(config, ranks, reserved.getsockname()[1])
-        job = Job(Path(scratch), log)
+        job = Job(Path(scratch), log, config.launch.grace_s)
         with job:
             for rank in range(ranks):
                 job.add(rank, [sys.executable, "-m", "dsvl_train.rank", str(config_path)], shared)
@@ -74,13 +71,13 @@ class Job:
     A context: inside it signals to this process go to the ranks, and when it is left no rank is alive.
     """
 
-    def __init__(self, scratch: Path, log: Path) -> None:
-        self._scratch, self._log = scratch, log
+    def __init__(self, scratch: Path, log: Path, grace_s: float) -> None:
+        self._scratch, self._log, self._grace_s = scratch, log, grace_s
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._codes: dict[int, int] = {}
         """Exit codes of the ranks that ended, in the order in which they did."""
         self._stop_signal: int | None = None
-        self._interrupts = 0
+        self._stopped_at = 0.0
         self._killed: set[int] = set()
         self._deadline = float("inf")
         self._handlers: dict[int, object] = {}
@@ -128,18 +125,13 @@ class Job:
         return self._conclude()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number in (signal.SIGUSR1, signal.SIGUSR2):
-            self._send_all(number)
-            return
-        if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
-                self._kill()
-                return
+        now = time.monotonic()
         if self._stop_signal is None:
-            self._stop_signal = signal.SIGTERM if number == signal.SIGHUP else number
-            self._deadline = min(self._deadline, time.monotonic() + STOP_GRACE_S)
+            self._stop_signal, self._stopped_at = signal.SIGTERM if number == signal.SIGHUP else number, now
+            self._deadline = min(self._deadline, now + self._grace_s)
             self._send_all(self._stop_signal)
+        elif number == signal.SIGINT or now - self._stopped_at > SECOND_SIGNAL_AFTER_S:
+            self._kill()  # somebody does not want to wait
 
     def _send_all(self, number: int) -> None:
         for rank in range(len(self._ranks)):
@@ -159,7 +151,7 @@ class Job:
     def _say_who_is_late(self) -> None:
         if self._stop_signal is not None:
             late = ", ".join(str(rank) for rank in range(len(self._ranks)) if rank not in self._codes)
-            print(f"rank {late} did not stop within {STOP_GRACE_S:g} s and is ended", file=sys.stderr, flush=True)
+            print(f"rank {late} did not stop within launch.grace_s={self._grace_s:g} s and is ended", file=sys.stderr, flush=True)
 
     def _conclude(self) -> int:
         """The exit code of the job; the first error goes to stderr."""
@@ -175,7 +167,7 @@ class Job:
         if by_themselves:
             self._show_end_of((crashed or by_themselves)[0])
             return FAILED
-        if self._interrupts:
+        if self._stop_signal == signal.SIGINT:
             return INTERRUPTED
         if failed:
             return 128 + (self._stop_signal or signal.SIGKILL)

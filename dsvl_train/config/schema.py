@@ -363,6 +363,31 @@ class CheckpointConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What is done when training goes wrong."""
+
+    nonfinite: Literal["skip", "stop"] = "skip"
+    """A loss or gradient norm that is not finite: make no update, or stop the run."""
+    spike: Literal["off", "warn", "skip"] = "warn"
+    """A loss or gradient norm far above its recent values: nothing, say so, or make no update."""
+    spike_sigma: float = 6.0
+    """Far above: this many standard deviations above the mean."""
+    spike_window: int = 100
+    """Recent: this many steps of the same modality."""
+    max_skipped: int = 5
+    """Stop the run when so many updates in a row were not made."""
+    hang_s: float = 480.0
+    """Seconds without any progress after which a rank is taken to hang: the job ends, and names it; 0 = never. Keep it below
+    engine.timeout_s, whose error names nobody."""
+    straggler_ratio: float = 1.5
+    """Warn of a rank that computes so many times as long as the middle one of all."""
+    straggler_window: int = 20
+    """Steps that a rank must be slow for."""
+    min_free_memory: float = 0.05
+    """Warn when less than this share of a machine's memory is free."""
+
+
+@dataclass
 class LoggingConfig:
     every: int = 1
     """Print a progress line every this many steps where there is no terminal for a bar."""
@@ -376,6 +401,8 @@ class LoggingConfig:
 class LaunchConfig:
     nproc: int = 0
     """Ranks that train.py starts on this machine; 0 = be one process, or one rank under torchrun."""
+    grace_s: float = 60.0
+    """Seconds that these ranks have to finish their step and save after a signal."""
     nodes: int = 1
     """Machines that the recipe's layout is made for. It starts none of them; a run on others has a layout of its own."""
     gpus_per_node: int = 8
@@ -424,5 +451,6 @@ class RunConfig:
     logging: LoggingConfig
     launch: LaunchConfig
     init: InitConfig
+    guard: GuardConfig = field(default_factory=GuardConfig)
     resume: str = "auto"
     """auto: go on from the run folder's latest checkpoint if there is one. none: start anew. Else: a checkpoint folder."""

@@ -39,6 +39,7 @@ def validate(config: RunConfig, world_size: int, device: str | None = None) -> N
     _check_data(config)
     _check_optim(config)
     _check_engine(config, device or config.engine.device)
+    _check_guard(config)
     _check_layout(config, world_size)
 
 
@@ -340,6 +341,17 @@ def _check_engine(config: RunConfig, device: str) -> None:
         raise ConfigError("engine.precision", rule, value=engine.precision, fix="engine.precision=auto")
     if not 0 <= engine.zero_stage <= 3:
         raise ConfigError("engine.zero_stage", "must be 0, 1, 2 or 3", value=engine.zero_stage, fix="engine.zero_stage=1")
+
+
+def _check_guard(config: RunConfig) -> None:
+    guard = config.guard
+    _at_least(config, 1, "guard.max_skipped", "guard.straggler_window", "guard.straggler_ratio")
+    _at_least(config, 2, "guard.spike_window")
+    _at_least(config, 0, "guard.spike_sigma", "guard.hang_s", "guard.min_free_memory", "launch.grace_s")
+    if guard.hang_s >= config.engine.timeout_s:
+        rule = "must be below engine.timeout_s, whose error does not say which rank hangs"
+        fix = f"guard.hang_s={0.8 * config.engine.timeout_s:g}"
+        raise ConfigError("guard.hang_s, engine.timeout_s", rule, value=(guard.hang_s, config.engine.timeout_s), fix=fix)
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:

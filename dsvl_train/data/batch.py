@@ -5,6 +5,7 @@ Shapes: t = tokens of a micro-batch, s = samples in it, i = images, n = tiles; t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,6 +69,8 @@ class StepBatch:
     """Samples of this rank's share that were replaced by masked padding in this step."""
     first_seen: int = 0
     """Samples of the global batch that no step before this one held."""
+    sample_names: Callable[[], list[str]] = field(default=list, repr=False)
+    """Source and place of every sample of the global batch; looked up when somebody asks."""
 
     @property
     def bad_samples(self) -> int:

@@ -141,6 +141,7 @@ class DataPipeline:
             tiles_per_rank=[sum(pack.tiles for packs in share for pack in packs) for share in step.shares],
             bad=bad,
             first_seen=sum(sample.epoch == 0 for pack in step.plan.packs for sample in pack.samples),
+            sample_names=partial(self._names, step.plan),
         )
 
     # ------------------------------------------------------------------------------------------------------------- state
@@ -291,6 +292,10 @@ class DataPipeline:
                 samples.append(result)
         is_bad = [isinstance(result, BadSample) for result in results]
         return lay_out(samples, is_bad, [ref.source for ref in refs], modality, self.processor.image_size, pin_memory=self._pin_memory), bad
+
+    def _names(self, plan: GlobalBatchPlan) -> list[str]:
+        refs = [sample for pack in plan.packs for sample in pack.samples]
+        return [f"{self._sources[ref.source].name} {self._sources[ref.source].where(ref.index)}" for ref in refs]
 
     def _account(self, step: _Pending, bad: Sequence[BadSample]) -> None:
         """Name bad samples in the log."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class TrainState:
     """Bad samples so far, on all ranks, each counted once."""
     samples_seen: int = 0
     """Different samples that the steps so far held."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What `UpdateGuard` remembers."""
 
 
 def step_folder(run_dir: Path, step: int) -> Path:

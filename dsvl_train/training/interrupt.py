@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: finish the step, save, leave."""
+"""SIGINT, SIGTERM, SIGUSR1 and SIGUSR2: finish the step, save, leave."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import signal
 import time
 from types import FrameType
 
-SECOND_SIGNAL_AFTER_S = 2.0
-"""One Ctrl-C reaches a rank twice, from the terminal and from its launcher; a later signal is a second wish."""
+from dsvl_train.failures import SECOND_SIGNAL_AFTER_S, STOP_SIGNALS
 
 
 class StopRequest:
@@ -19,8 +18,8 @@ class StopRequest:
         self._first_at = 0.0
 
     def install(self) -> None:
-        """Take over SIGINT and SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Take over the signals."""
+        for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -6,7 +6,6 @@ their weights; here each chunk has optimisers of its own, and a text step runs t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,24 +78,21 @@ class ModalityOptimiser:
             if "fused" in group:  # torch's AdamW: one pass over each tensor, where Megatron builds the plain loop
                 group["fused"] = True
 
-    def step(self, modality: Modality) -> float:
-        """Clip by the global norm and update. Returns the norm before clipping.
-
-        Raises:
-            FloatingPointError: the norm is not finite; nothing was updated.
-        """
+    def prepare(self, modality: Modality) -> float:
+        """Take over the gradients. Returns their global norm; nothing is updated yet."""
         chained = self._by_modality[modality]
         chained.prepare_grads()
-        norm = float(chained.get_grad_norm())
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm of this {modality} step is {norm}; nothing was updated")
+        return float(chained.get_grad_norm())
+
+    def update(self, modality: Modality, norm: float) -> None:
+        """Clip the prepared gradients, whose global norm is `norm`, and update."""
+        chained = self._by_modality[modality]
         for optimiser in chained.chained_optimizers:
             if self.clip_grad > 0 and not optimiser.is_stub_optimizer:
                 clip_grad_by_total_norm_fp32(optimiser.get_parameters(), max_norm=self.clip_grad, total_norm=norm)
         chained.step_with_ready_grads()
         for part in self._updates:
             self._updates[part] += part == "language" or modality == "multimodal" or self._update_idle
-        return norm
 
     def zero_grad(self, modality: Modality) -> None:
         """Drop the gradients of the parameters that this modality reaches."""

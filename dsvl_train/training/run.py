@@ -51,6 +51,7 @@ def _train(cfg: RunConfig, world: World) -> int:
     from dsvl_train.training.setup import build_trainable, check_processor, choose_division
     from dsvl_train.training.step import TrainStep
     from dsvl_train.training.trainer import Trainer
+    from dsvl_train.training.watchdog import Watchdog
 
     stop = StopRequest()
     stop.install()
@@ -62,14 +63,16 @@ def _train(cfg: RunConfig, world: World) -> int:
     if resume_from is None:
         _load_initial_weights(cfg, world, model)
     chunks, optimiser = build_trainable(cfg, world, model)
-    train_step = TrainStep(cfg, world, model, chunks, optimiser, data.source_names)
+    watchdog = Watchdog(cfg.guard.hang_s, world.rank, world.size, run_dir / "log")
+    train_step = TrainStep(cfg, world, model, chunks, optimiser, data.source_names, watchdog.pulse)
     bad_samples = BadSampleWatch(run_dir, cfg.data.max_bad_fraction, is_main=world.is_main)
-    trainer = Trainer(cfg, world, model, optimiser, data, train_step, default_callbacks(cfg.logging), stop, bad_samples)
+    trainer = Trainer(cfg, world, model, optimiser, data, train_step, default_callbacks(cfg.logging), stop, bad_samples, watchdog)
     bad_so_far = samples_seen = 0
     if resume_from is not None:
         require_same_model(cfg.model, load_run_config(resume_from / CONFIG_FILE).model, str(resume_from))
         state = checkpoint.load(resume_from, model, optimiser)
         data.load_state(state.data)
+        train_step.guard.load_state(state.guard)
         trainer.step, bad_so_far, samples_seen = state.step, state.bad_samples, state.samples_seen
     bad_samples.start(trainer.step, bad_so_far, samples_seen, data.left_out())
     if world.is_main:

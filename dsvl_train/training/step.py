@@ -11,7 +11,7 @@ Shapes: t = tokens of a micro-batch, c = data sources.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +29,9 @@ from dsvl_train.parallel.pipeline import run_pipeline
 from dsvl_train.parallel.startup import World
 from dsvl_train.parallel.tile_exchange import TileRoute
 from dsvl_train.parallel.tile_plan import encoded_tiles, plan_exchanges
+from dsvl_train.training.guards import UpdateGuard
 from dsvl_train.training.optimiser import ModalityOptimiser
+from dsvl_train.training.rank_table import RankTable
 
 MOST_TILES = 18
 """Images with more local tiles share the histogram's last place."""
@@ -60,7 +62,13 @@ class TrainStep:
         chunks: dict[str, DistributedDataParallel],
         optimiser: ModalityOptimiser,
         sources: list[str],
+        pulse: Callable[[int, str], None] = lambda step, phase: None,
     ) -> None:
+        """
+        Args:
+            pulse: is told of every phase that begins.
+        """
+        self.guard, self.ranks, self._pulse = UpdateGuard(cfg.guard), RankTable(world.size, world.rank, world.device), pulse
         self.cfg, self.world, self.model, self.chunks, self.optimiser, self.sources = cfg, world, model, chunks, optimiser, sources
         self.routers = model.routers()
         # tensor- and pipeline-parallel ranks hold the same batch; of them, the last pipeline rank has the losses
@@ -81,18 +89,33 @@ class TrainStep:
         """Run the step. Returns its metrics (the same on every rank) and the batch's counts.
 
         Raises:
-            FloatingPointError: loss or gradient norm is not finite; nothing was updated.
+            TrainingDiverged: see `UpdateGuard.judge`.
         """
         started = time.perf_counter()
         self._modality = batch.modality
+        self._pulse(batch.step, "counting the global batch")
         counts = self._count(batch, stop_requested)
         rates = self.optimiser.set_learning_rate(learning_rate)
+        self._pulse(batch.step, "forward and backward")
+        biases = self._selection_biases()
+        self.ranks.start()
         self._forward_backward(batch, counts)
+        self._pulse(batch.step, "reducing metrics")
         metrics = self._reduce_metrics(counts)
-        grad_norm = self.optimiser.step(batch.modality)
+        self._pulse(batch.step, "updating")
+        grad_norm = self.optimiser.prepare(batch.modality)
+        verdict = self.guard.judge(batch.step, batch.modality, metrics["loss"], grad_norm)
+        if verdict.update:
+            self.optimiser.update(batch.modality, grad_norm)
+        else:  # finalising the gradients has moved the biases already
+            for bias_e, before_e in biases:
+                bias_e.copy_(before_e)
         seconds = time.perf_counter() - started
         return metrics | {
             "grad_norm": grad_norm,
+            "trouble": verdict.trouble,
+            "updated": verdict.update,
+            "skipped_steps": self.guard.skipped,
             "lr": rates,
             **({} if self._imbalance_encoded is None else {"tile_imbalance_encoded": self._imbalance_encoded}),
             "step_s": seconds,
@@ -198,6 +221,7 @@ class TrainStep:
 
     def _finalise_gradients(self, chunks: Any, num_tokens: Any = None, **kwargs: Any) -> None:
         """Sum gradients over data-parallel ranks for the chunks that this step ran, and update the experts' selection bias."""
+        self.ranks.stop()
         active = self._active_chunks()
         if parallel_state.is_pipeline_first_stage() and self._modality == "multimodal":
             active.append(active.pop(0))  # Megatron looks for the embedding in the first chunk of the first rank, so the encoder goes last
@@ -210,20 +234,23 @@ class TrainStep:
         for layer in self._moe_layers:
             router = self.routers.get(layer)  # None: another pipeline rank has it
             parts += [self._no_load_e, self._no_load_e[:1]] if router is None else [router.load_e, router.aux_loss.reshape(1)]
+        parts.append(self.ranks.own_row())
         vector = torch.cat([part.double() for part in parts])
         dist.all_reduce(vector)
-        loss_sum_c, supervised_c, *rest = vector.split([part.numel() for part in parts])
+        loss_sum_c, supervised_c, *rest, rank_table = vector.split([part.numel() for part in parts])
         loss = float(loss_sum_c.sum() / max(counts.supervised_tokens, 1))
-        if loss != loss or loss == float("inf"):
-            raise FloatingPointError(f"the loss of this {self._modality} step is {loss}; nothing was updated")
         by_source = {
             name: float(total / number)
             for name, total, number in zip(self.sources, loss_sum_c.tolist(), supervised_c.tolist(), strict=True)
             if number
         }
-        return {"loss": loss, "loss_by_source": by_source} | _expert_metrics(rest[0::2], rest[1::2])
+        return {"loss": loss, "loss_by_source": by_source} | _expert_metrics(rest[0::2], rest[1::2]) | self.ranks.metrics(rank_table)
 
     # ----------------------------------------------------------------------------------------------------------- helpers
+
+    def _selection_biases(self) -> list[tuple[Tensor, Tensor]]:
+        """(bias, its value now) of the experts' selection on this rank."""
+        return [(router.expert_bias, router.expert_bias.clone()) for router in self.routers.values() if router.expert_bias is not None]
 
     def _active_chunks(self) -> list[DistributedDataParallel]:
         """The chunks that this step trains."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,17 @@ from dsvl_train.parallel.startup import World
 from dsvl_train.training import checkpoint
 from dsvl_train.training.bad_samples import BadSampleWatch
 from dsvl_train.training.callbacks import Callback, Metrics
+from dsvl_train.training.guards import note_step
 from dsvl_train.training.interrupt import StopRequest
 from dsvl_train.training.optimiser import ModalityOptimiser
 from dsvl_train.training.schedules import learning_rate
 from dsvl_train.training.step import BatchCounts, TrainStep
+from dsvl_train.training.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+_SAVING_PATIENCE = 4.0
+"""Saving may take so many times guard.hang_s: storage has slow hours."""
 
 
 @dataclass
@@ -34,6 +42,7 @@ class Trainer:
     callbacks: Sequence[Callback]
     stop: StopRequest
     bad_samples: BadSampleWatch
+    watchdog: Watchdog
     step: int = 0
     """Last step done."""
 
@@ -54,7 +63,8 @@ class Trainer:
         """Train. Returns why it ended: "finished", "stop_after" or "interrupted"."""
         self._tell("on_run_start")
         try:
-            reason = self._loop()
+            with self.watchdog:
+                reason = self._loop()
         except BaseException as error:
             self._tell("on_exception", error)
             raise
@@ -64,6 +74,7 @@ class Trainer:
     def _loop(self) -> str:
         batches = iter(self.data)
         while self.step < self.last_step:
+            self.watchdog.pulse(self.step + 1, "waiting for data")
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
@@ -80,9 +91,17 @@ class Trainer:
         self.step = batch.step
         self.bad_samples.update(batch, counts.bad_samples)
         self.metrics = self._record(batch, metrics, counts, data_wait_s)
+        if metrics["trouble"] is not None and self.is_main:
+            self._note_trouble(batch)
         self._tell("on_step_end", self.metrics)
         self.bad_samples.check(batch.step)
         return counts.stop_requested
+
+    def _note_trouble(self, batch: StepBatch) -> None:
+        record = {key: self.metrics[key] for key in ("step", "modality", "trouble", "updated")}
+        outcome = "the update was made" if record["updated"] else "no update was made"
+        log.warning("step %d (%s): %s; %s", batch.step, batch.modality, record["trouble"], outcome)
+        note_step(self.run_dir, record | {"samples": batch.sample_names()})
 
     def _record(self, batch: StepBatch, metrics: Metrics, counts: BatchCounts, data_wait_s: float) -> Metrics:
         tiles = batch.tiles_per_rank
@@ -110,8 +129,11 @@ class Trainer:
         return stop_requested or self.step == self.last_step or (every > 0 and self.step % every == 0)
 
     def _save(self) -> None:
+        self.watchdog.pulse(self.step, "saving", patience=_SAVING_PATIENCE)
         folder, tally = checkpoint.step_folder(self.run_dir, self.step), self.bad_samples.tally
-        state = checkpoint.TrainState(self.step, self.data.state(), self.optimiser.steps_taken(), tally.total, tally.seen)
+        state = checkpoint.TrainState(
+            self.step, self.data.state(), self.optimiser.steps_taken(), tally.total, tally.seen, self.train_step.guard.state()
+        )
         checkpoint.save(folder, self.cfg, self.model, self.optimiser, state)
         self._tell("on_checkpoint", folder)
 

@@ -35,7 +35,7 @@ from dsvl_train.config.schema import (
     StageConfig,
     VisionConfig,
 )
-from dsvl_train.training.callbacks import MetricsFile, Progress, Throughput, TrainerView, WandbLogger, default_callbacks
+from dsvl_train.training.callbacks import Health, MetricsFile, Progress, Throughput, TrainerView, WandbLogger, default_callbacks
 from dsvl_train.training.callbacks.progress import duration
 from dsvl_train.training.callbacks.wandb_logger import flatten
 
@@ -301,12 +301,32 @@ def test_flatten_leaves_out_words_tables_and_non_finite_numbers():
     }
 
 
+def test_a_rank_that_is_slow_over_a_whole_window_is_named(tmp_path, caplog):
+    trainer, health = Trainer(tmp_path), Health()
+    trainer.cfg.guard.straggler_window = 4
+    for step in range(1, 9):
+        slow = 3.0 if step > 2 else 1.0
+        trainer.do_step([health], rank_s=[1.0, 1.1, slow, 0.9], rank_free_memory=[0.5] * 4)
+        assert "rank_s" not in trainer.metrics
+        assert trainer.metrics["straggler"] == (2 if step in (4, 8) else None)
+    assert trainer.metrics["slowest_over_median"] == pytest.approx(3.0)
+    assert caplog.text.count("rank 2 computes") == 2
+
+
+def test_a_machine_that_runs_out_of_memory_is_named_once(tmp_path, caplog):
+    trainer, health = Trainer(tmp_path), Health()
+    for free in (0.5, 0.04, 0.03):
+        trainer.do_step([health], rank_free_memory=[0.5, free])
+    assert caplog.text.count("rank 1's machine") == 1
+    assert "rank_free_memory" not in trainer.metrics
+
+
 def test_default_callbacks_follow_the_settings():
     def names(**settings):
         return [type(callback).__name__ for callback in default_callbacks(LoggingConfig(**settings))]
 
-    assert names() == ["Throughput", "MetricsFile", "Progress"]
-    assert names(wandb="offline", progress=False) == ["Throughput", "MetricsFile", "WandbLogger"]
+    assert names() == ["Throughput", "Health", "MetricsFile", "Progress"]
+    assert names(wandb="offline", progress=False) == ["Throughput", "Health", "MetricsFile", "WandbLogger"]
 
 
 def test_the_stand_in_is_a_trainer_view(tmp_path):

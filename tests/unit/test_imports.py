@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "data": {"data", "config"},
     "interop": {"interop", "models", "parallel", "config"},
     "evaluation": {"evaluation", "interop", "models", "parallel", "data", "config"},
-    "training": {"training", "evaluation", "interop", "models", "parallel", "data", "config", "reporting"},
+    "training": {"training", "evaluation", "interop", "models", "parallel", "data", "config", "reporting", "failures"},
     "reporting": {"reporting", "config"},
     "failures": {"config"},
     "rank": {"config", "failures", "training"},

@@ -29,11 +29,11 @@ sys.exit(guarded(body))
 """A rank that ends as `body` does."""
 
 
-def run_job(folder: Path, *scripts: str, after: dict[float, int] | None = None) -> int:
+def run_job(folder: Path, *scripts: str, after: dict[float, int] | None = None, grace_s: float = 60.0) -> int:
     """The exit code of a job of these scripts; `after` sends signals to the launcher (seconds -> signal)."""
     environment = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
     timers = [threading.Timer(delay, os.kill, (os.getpid(), number)) for delay, number in (after or {}).items()]
-    with launcher.Job(folder, folder) as job:
+    with launcher.Job(folder, folder, grace_s) as job:
         for rank, script in enumerate(scripts):
             job.add(rank, [sys.executable, "-c", script], environment)
         for timer in timers:
@@ -99,10 +99,9 @@ def test_a_terminated_job_ends_as_its_ranks_do(tmp_path: Path, code: int, capfd:
     assert capfd.readouterr().err == ""
 
 
-def test_ranks_that_do_not_stop_are_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "STOP_GRACE_S", 0.5)
+def test_ranks_that_do_not_stop_are_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    assert run_job(tmp_path, deaf, deaf, after={0.7: signal.SIGINT}) == INTERRUPTED
+    assert run_job(tmp_path, deaf, deaf, after={0.7: signal.SIGINT}, grace_s=0.5) == INTERRUPTED
     assert "did not stop within" in capfd.readouterr().err
 
 
@@ -113,9 +112,19 @@ def test_a_second_ctrl_c_ends_ranks_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - start < 10
 
 
-def test_other_signals_pass_through(tmp_path: Path) -> None:
-    stops = waits_for(tmp_path, signal.SIGUSR1, "sys.exit(0)")
-    assert run_job(tmp_path, stops, after={0.7: signal.SIGUSR1}) == DONE
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_job_manager_s_warning_asks_ranks_to_stop(tmp_path: Path, number: signal.Signals) -> None:
+    stops = waits_for(tmp_path, number, f"sys.exit({128 + number})")
+    assert run_job(tmp_path, stops, stops, after={0.7: number}) == 128 + number
+
+
+def test_the_same_signal_again_is_no_second_wish_unless_it_comes_later(tmp_path: Path) -> None:
+    stops = waits_for(tmp_path, signal.SIGTERM, f"time.sleep(0.5); sys.exit({TERMINATED})")
+    assert run_job(tmp_path, stops, after={0.7: signal.SIGTERM, 0.9: signal.SIGTERM}) == TERMINATED
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    start = time.monotonic()
+    assert run_job(tmp_path, deaf, after={0.7: signal.SIGTERM, 3.2: signal.SIGTERM}) == 128 + signal.SIGTERM
+    assert time.monotonic() - start < 10
 
 
 def test_handlers_are_put_back(tmp_path: Path) -> None:

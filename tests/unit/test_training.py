@@ -191,8 +191,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(world: startup.World) -> None
     with torch.no_grad():
         bench.model.language.language.output_layer.weight[0, 0] = float("nan")
     before = bench.state()
-    with pytest.raises(FloatingPointError, match="nothing was updated"):
-        bench.run("text")
+    assert bench.run("text")[0]["updated"] is False
     assert not [name for name in changed(before, bench.state()) if not torch.isnan(before[name]).any()]
 
 

@@ -2,17 +2,18 @@
 
 from dsvl_train.config.schema import LoggingConfig
 from dsvl_train.training.callbacks.base import Callback, Metrics, TrainerView
+from dsvl_train.training.callbacks.health import Health
 from dsvl_train.training.callbacks.metrics_file import MetricsFile
 from dsvl_train.training.callbacks.progress import Progress
 from dsvl_train.training.callbacks.throughput import Throughput
 from dsvl_train.training.callbacks.wandb_logger import WandbLogger
 
-__all__ = ["Callback", "Metrics", "MetricsFile", "Progress", "Throughput", "TrainerView", "WandbLogger", "default_callbacks"]
+__all__ = ["Callback", "Health", "Metrics", "MetricsFile", "Progress", "Throughput", "TrainerView", "WandbLogger", "default_callbacks"]
 
 
 def default_callbacks(logging: LoggingConfig) -> list[Callback]:
     """The callbacks of an ordinary run, in the order that they need: what adds keys comes before what writes them."""
-    callbacks: list[Callback] = [Throughput(), MetricsFile()]
+    callbacks: list[Callback] = [Throughput(), Health(), MetricsFile()]
     if logging.wandb != "disabled":
         callbacks.append(WandbLogger())
     if logging.progress:
