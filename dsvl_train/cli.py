@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsvl_train.commands import convert, data, encode, generate, score
+from dsvl_train.commands import chain, convert, data, encode, generate, score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_eval(commands)
     _add_report(commands)
     data.add(commands)
+    chain.add(commands)
     arguments = parser.parse_args(argv)
     # torch's threads would spin between operations, which on a busy machine makes small models ten times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
