@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsvl_train.commands import chain, convert, data, encode, generate, score
+from dsvl_train.commands import chain, convert, data, encode, generate, plan, score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_eval(commands)
     _add_report(commands)
     data.add(commands)
+    plan.add(commands)
     chain.add(commands)
     arguments = parser.parse_args(argv)
     # torch's threads would spin between operations, which on a busy machine makes small models ten times slower
@@ -49,6 +50,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--text", help="held-out documents (JSON lines of text), for bits per byte")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    encode.add_max_tiles(parser)
     parser.add_argument("--out", help="write the results with every answer to this JSON file")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.set_defaults(run=_eval)
@@ -68,7 +70,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     tasks = {Path(file).stem: read_task(Path(file)) for file in arguments.task}
     texts = read_texts(Path(arguments.text)) if arguments.text else None
-    loaded = load_model(arguments.model, world)
+    loaded = load_model(arguments.model, world, max_tiles=arguments.max_tiles)
     results = {name: evaluate_task(loaded, metric, items, arguments.max_new_tokens) for name, (metric, items) in tasks.items()}
     summary: dict[str, object] = {
         "model": str(arguments.model),

@@ -237,6 +237,8 @@ class DataConfig:
     """Sequences computed at once on one rank; they are laid end to end, so none is padded for another's length."""
     text_ratio: float = 0.0
     """Target share of text steps (VL §3.2.2: 0.7; VL2 §3.2: 0.3)."""
+    modality_grouping: bool = True
+    """True: a step has one modality (VL §4.4). False, for ablation: every global batch mixes text and image sequences by the share."""
     text_ratio_start: float = 1.0
     """Share of text steps at step 1, before the modality warm-up."""
     text_warmup_steps: int = 0
@@ -250,8 +252,10 @@ class DataConfig:
     """Local tiles of one image at most (VL2: m * n <= 9)."""
     tiling_image_limit: int = 2
     """Samples with more images than this are not tiled (VL2 §2)."""
+    max_tiles_per_sequence: int | None = None
+    """Tiles of a sequence at most, thumbnails included; a sample with more is a counted skip. null = as many as its tokens allow."""
     decode: Literal["exact", "fast"] = "exact"
-    """exact: pixels bit for bit as the released processor's. fast: about three times as fast, no value more than 2 of 255 off."""
+    """exact: pixels bit for bit as the released processor's. fast: no value more than 2 of 255 off."""
     window: int = 1024
     """Samples that packing looks over at once."""
     workers: int = 1
@@ -282,6 +286,9 @@ class DataConfig:
 # --------------------------------------------------------------------------------------------------- parallel, engine, optim
 
 
+RecomputeModule = Literal["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
+
+
 @dataclass
 class ParallelConfig:
     tp: int = 1
@@ -305,6 +312,14 @@ class ParallelConfig:
     """Data parallel ranks keep a share of the optimiser's state each (ZeRO-1), and gather the updated weights."""
     tile_balance: bool = False
     """Exchange tiles between data parallel ranks before encoding (VL2 §4.2)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What of the language model's activations the backward pass computes again instead of keeping them. selective: those of
+    recompute_modules, attention itself being kept. full: of every layer all but its input, for one more forward pass."""
+    recompute_modules: list[RecomputeModule] | None = None
+    """selective only; null = norms, feed-forward layers (mlp, moe), and with latent attention its up-projections. `moe` repeats the
+    exchange of tokens between expert parallel ranks."""
+    vision_recompute: bool = False
+    """Keep only the input of each block of the vision encoders, and run the blocks again in the backward pass."""
 
 
 @dataclass
@@ -403,10 +418,15 @@ class LaunchConfig:
     """Ranks that train.py starts on this machine; 0 = be one process, or one rank under torchrun."""
     grace_s: float = 60.0
     """Seconds that these ranks have to finish their step and save after a signal."""
-    nodes: int = 1
-    """Machines that the recipe's layout is made for. It starts none of them; a run on others has a layout of its own."""
+    nodes: int | None = None
+    """Machines that the recipe's layout is made for; null = any. It starts none of them."""
     gpus_per_node: int = 8
-    """GPUs of each of them."""
+    """GPUs of each of them, a rank on each."""
+
+    @property
+    def processes(self) -> int:
+        """Ranks that the configuration is meant for: nproc, else those of the recipe's cluster, else one."""
+        return self.nproc or (self.nodes or 0) * self.gpus_per_node or 1
 
 
 @dataclass

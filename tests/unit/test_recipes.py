@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from dsvl_train.commands.plan import DEVICE_GIB, USABLE
 from dsvl_train.config.compose import compose_run
 from dsvl_train.config.schema import ParallelConfig, RunConfig
 from dsvl_train.config.validate import validate
 from dsvl_train.interop.shapes import language_shapes
 from dsvl_train.parallel import startup
+from dsvl_train.planning.memory import plan_layout
+from dsvl_train.planning.parameters import part_sizes
 from dsvl_train.training.stages import resolve_policy
 from tests.tiny import tiny_run
 
@@ -239,8 +242,8 @@ def test_modalities_and_warm_up() -> None:
 def test_a_recipe_fits_the_cluster_of_its_paper(name: str) -> None:
     """All nodes of the paper, or fewer where its batch does not divide over them."""
     config, model = recipe(name), name.split("/")[0]
-    world = config.launch.nodes * config.launch.gpus_per_node
-    validate(config, world)
+    validate(config, config.launch.processes)
+    assert config.launch.nodes is not None and config.launch.nproc == 0
     assert config.launch.gpus_per_node == 8
     replicas = 8 * PAPER_NODES[model] // (config.parallel.tp * config.parallel.pp)
     if config.launch.nodes != PAPER_NODES[model]:
@@ -251,6 +254,14 @@ def test_a_recipe_fits_the_cluster_of_its_paper(name: str) -> None:
     previous = {"align": None, "pretrain": "align", "sft": "pretrain"}[config.stage.name]
     assert config.init.source == (f"runs/{model}/{previous}" if previous else None)
     assert config.run.dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_recipe_fits_into_the_memory_of_its_gpus(name: str) -> None:
+    """As `dsvl plan` finds it, which keeps a tenth of an A100's 80 GB for what it does not count."""
+    config = recipe(name)
+    plan = plan_layout(config, config.launch.processes, sizes=part_sizes(config.model, config.stage))
+    assert plan.peak <= USABLE * DEVICE_GIB * 1024**3
 
 
 @pytest.mark.parametrize("name", COLUMNS)
