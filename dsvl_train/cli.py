@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsvl_train.commands import checkpoint, convert, data, encode, generate, plan, score
+from dsvl_train.commands import chain, checkpoint, convert, data, encode, generate, plan, score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data.add(commands)
     checkpoint.add(commands)
     plan.add(commands)
+    chain.add(commands)
     arguments, others = parser.parse_known_args(argv)
     if arguments.command == plan.NAME and not any(one.startswith("-") for one in others):
         arguments.overrides += others  # argparse takes positional arguments in one stretch only

@@ -231,6 +231,8 @@ class DataConfig:
     """True: a sequence is a pack of samples up to seq_len tokens. False: a sequence is one sample."""
     batch_size: int
     """Sequences of a global batch."""
+    root: str = "data"
+    """Folder or URL with a folder per source, for mixtures that say so (`${data.root}/…` in conf/data/vl and conf/data/vl2)."""
     micro_batch_size: int = 1
     """Sequences computed at once on one rank; they are laid end to end, so none is padded for another's length."""
     text_ratio: float = 0.0
@@ -439,6 +441,15 @@ class LaunchConfig:
     """Ranks that train.py starts on this machine; 0 = be one process, or one rank under torchrun."""
     grace_s: float = 60.0
     """Seconds that these ranks have to finish their step and save after a signal."""
+    nodes: int | None = None
+    """Machines that the recipe's layout is made for; null = any. It starts none of them."""
+    gpus_per_node: int = 8
+    """GPUs of each of them, a rank on each."""
+
+    @property
+    def processes(self) -> int:
+        """Ranks that the configuration is meant for: nproc, else those of the recipe's cluster, else one."""
+        return self.nproc or (self.nodes or 0) * self.gpus_per_node or 1
 
 
 @dataclass
