@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsvl_train.commands import convert, data, encode, generate, plan, score
+from dsvl_train.commands import chain, checkpoint, convert, data, encode, generate, plan, score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_eval(commands)
     _add_report(commands)
     data.add(commands)
+    checkpoint.add(commands)
     plan.add(commands)
+    chain.add(commands)
     arguments, others = parser.parse_known_args(argv)
     if arguments.command == plan.NAME and not any(one.startswith("-") for one in others):
         arguments.overrides += others  # argparse takes positional arguments in one stretch only

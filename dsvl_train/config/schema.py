@@ -231,6 +231,8 @@ class DataConfig:
     """True: a sequence is a pack of samples up to seq_len tokens. False: a sequence is one sample."""
     batch_size: int
     """Sequences of a global batch."""
+    root: str = "data"
+    """Folder or URL with a folder per source, for mixtures that say so (`${data.root}/…` in conf/data/vl and conf/data/vl2)."""
     micro_batch_size: int = 1
     """Sequences computed at once on one rank; they are laid end to end, so none is padded for another's length."""
     text_ratio: float = 0.0
@@ -332,7 +334,11 @@ class EngineConfig:
     timeout_s: int = 600
     """Seconds after which a collective that hangs ends the job."""
     zero_stage: int = 1
-    """ZeRO stage of the deepspeed engine, which is not available yet."""
+    """deepspeed: what data-parallel ranks keep a share of instead of all: 1 = the optimiser's state, 2 = gradients too, 3 = weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """deepspeed: what lies in main memory, the optimiser's state (and its update) or the weights too, for which zero_stage must be 3."""
+    zero_keep_whole: int = 100_000
+    """zero_stage 3: weights of at most this many elements stay whole on every rank."""
 
 
 @dataclass
@@ -378,6 +384,20 @@ class CheckpointConfig:
     """Save every this many steps; 0 = at the end only. The last step is always saved."""
     keep_last: int = 2
     """Keep this many newest checkpoints; 0 = all."""
+    keep_every: int = 0
+    """Also keep the checkpoint of every step that this divides, for good; 0 = none."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; False: training waits until the checkpoint is published."""
+    verify: Literal["size", "full"] = "full"
+    """What is compared with a checkpoint's manifest before a run goes on from it. full: size and SHA-256 of every file. size: sizes."""
+    fallback: bool = False
+    """Go on from the newest good checkpoint where the latest is damaged. False: a damaged one is an error."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written, retries included: end the run, or train on and try again with the next one."""
+    retries: int = 2
+    """Repetitions of a save that failed, from the same copy in memory while training goes on."""
+    retry_s: float = 5.0
+    """Seconds before each repetition."""
 
 
 @dataclass
@@ -421,6 +441,15 @@ class LaunchConfig:
     """Ranks that train.py starts on this machine; 0 = be one process, or one rank under torchrun."""
     grace_s: float = 60.0
     """Seconds that these ranks have to finish their step and save after a signal."""
+    nodes: int | None = None
+    """Machines that the recipe's layout is made for; null = any. It starts none of them."""
+    gpus_per_node: int = 8
+    """GPUs of each of them, a rank on each."""
+
+    @property
+    def processes(self) -> int:
+        """Ranks that the configuration is meant for: nproc, else those of the recipe's cluster, else one."""
+        return self.nproc or (self.nodes or 0) * self.gpus_per_node or 1
 
 
 @dataclass

@@ -5,6 +5,7 @@ Each rule is one small function; a broken one raises a `ConfigError` with the va
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable
 
@@ -13,7 +14,6 @@ from .schema import VOCAB_MULTIPLE, DataConfig, LanguageConfig, MlaConfig, Model
 
 NOT_AVAILABLE: list[tuple[str, Callable[[RunConfig], object], object]] = [
     ("parallel.cp", lambda c: c.parallel.cp, 1),
-    ("engine", lambda c: c.engine.name, "megatron"),
 ]
 """Settings whose other values are not built yet: key, how to read it, the only value that works. Delete a line when its feature arrives."""
 
@@ -83,7 +83,8 @@ def _divides(key: str, divisor: int, of_key: str, number: int) -> None:
 
 def _check_run(config: RunConfig) -> None:
     _at_least(config, 1, "run.max_steps", "run.stop_after", "logging.every")
-    _at_least(config, 0, "run.seed", "checkpoint.every", "checkpoint.keep_last", "launch.nproc")
+    _at_least(config, 0, "run.seed", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "launch.nproc")
+    _at_least(config, 0, "checkpoint.retries", "checkpoint.retry_s")
     run = config.run
     if not run.name:
         raise ConfigError("run.name", "must not be empty", fix="run.name=NAME")
@@ -353,8 +354,33 @@ def _check_engine(config: RunConfig, device: str) -> None:
     if device == "cpu" and engine.precision == "bf16":
         rule = "bf16 needs CUDA; on a CPU the run computes in fp32"
         raise ConfigError("engine.precision", rule, value=engine.precision, fix="engine.precision=auto")
-    if not 0 <= engine.zero_stage <= 3:
-        raise ConfigError("engine.zero_stage", "must be 0, 1, 2 or 3", value=engine.zero_stage, fix="engine.zero_stage=1")
+    if not 1 <= engine.zero_stage <= 3:
+        raise ConfigError("engine.zero_stage", "must be 1, 2 or 3", value=engine.zero_stage, fix="engine.zero_stage=1")
+    _at_least(config, 0, "engine.zero_keep_whole")
+    if engine.offload != "none" and engine.name != "deepspeed":
+        raise ConfigError("engine.offload", "is a setting of engine=deepspeed", value=engine.offload, fix="engine.offload=none")
+    if engine.offload == "all" and engine.zero_stage < 3:
+        rule = f"weights that lie in main memory need engine.zero_stage=3, and it is {engine.zero_stage}"
+        raise ConfigError("engine.offload", rule, value=engine.offload, fix="engine.offload=optimizer or engine.zero_stage=3")
+    if engine.name == "deepspeed":
+        _check_deepspeed(config)
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    parallel = config.parallel
+    for name in ("tp", "pp", "ep", "cp"):
+        if getattr(parallel, name) != 1:
+            key, rule = f"parallel.{name}", "the deepspeed engine is data parallel alone"
+            raise ConfigError(key, rule, value=getattr(parallel, name), fix=f"{key}=1 or engine=megatron")
+    if parallel.distributed_optimizer:
+        rule = "is Megatron's; every ZeRO stage of the deepspeed engine shares the optimiser's state out"
+        raise ConfigError("parallel.distributed_optimizer", rule, value=True, fix="parallel.distributed_optimizer=false")
+    if config.optim.update_idle:
+        rule = "the deepspeed engine cannot step parameters that a step does not reach"
+        raise ConfigError("optim.update_idle", rule, value=True, fix="optim.update_idle=false or engine=megatron")
+    if importlib.util.find_spec("deepspeed") is None:
+        fix = "pip install -e .[deepspeed], or engine=megatron"
+        raise ConfigError("engine", "needs the package deepspeed, which is not installed", value="deepspeed", fix=fix)
 
 
 def _check_guard(config: RunConfig) -> None:

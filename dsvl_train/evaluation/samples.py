@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dsvl_train.checkpoints import folders
 from dsvl_train.config.compose import load_run_config
 from dsvl_train.data.conversation import ROLES
 from dsvl_train.data.errors import SampleError
 from dsvl_train.data.processor import Encoded, Processor
-from dsvl_train.interop import folders, processors
+from dsvl_train.interop import processors
 from dsvl_train.interop.formats import transformers_vl
 from dsvl_train.interop.formats.json_file import JsonConfig
 from dsvl_train.interop.released import read_model
