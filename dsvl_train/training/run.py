@@ -47,6 +47,7 @@ def _train(cfg: RunConfig, world: World) -> int:
     from dsvl_train.training import checkpoint
     from dsvl_train.training.bad_samples import BadSampleWatch
     from dsvl_train.training.callbacks import default_callbacks
+    from dsvl_train.training.callbacks.evaluation import Evaluation
     from dsvl_train.training.interrupt import StopRequest
     from dsvl_train.training.setup import build_trainable, check_processor, choose_division
     from dsvl_train.training.step import TrainStep
@@ -66,7 +67,9 @@ def _train(cfg: RunConfig, world: World) -> int:
     watchdog = Watchdog(cfg.guard.hang_s, world.rank, world.size, run_dir / "log")
     train_step = TrainStep(cfg, world, model, chunks, optimiser, data.source_names, watchdog.pulse)
     bad_samples = BadSampleWatch(run_dir, cfg.data.max_bad_fraction, is_main=world.is_main)
-    trainer = Trainer(cfg, world, model, optimiser, data, train_step, default_callbacks(cfg.logging), stop, bad_samples, watchdog)
+    evaluation = [Evaluation(cfg, world, model, watchdog.pulse, lambda: stop.requested)] if cfg.eval.every else []
+    callbacks = default_callbacks(cfg.logging, *evaluation)
+    trainer = Trainer(cfg, world, model, optimiser, data, train_step, callbacks, stop, bad_samples, watchdog)
     bad_so_far = samples_seen = 0
     if resume_from is not None:
         require_same_model(cfg.model, load_run_config(resume_from / CONFIG_FILE).model, str(resume_from))
