@@ -51,7 +51,8 @@ SETTINGS = [
 def write_shards(data: Path, folder: Path) -> None:
     """The demo's pretraining samples, in 1,000 shards."""
     from dsvl_train.data.sample import find_images, parse_sample
-    from dsvl_train.data.shards import ShardReader, ShardWriter, group_members, scan_tar
+    from dsvl_train.data.shards import ShardReader, ShardWriter
+    from dsvl_train.data.tar_scan import group_members, scan_tar
 
     reader = ShardReader()
     groups = []
@@ -111,14 +112,14 @@ def train(arguments: argparse.Namespace) -> None:
 
 def build_index(data: Path, work: Path) -> None:
     """Without latency: indexing is not what is timed."""
-    from dsvl_train.data.index import open_index
+    from dsvl_train.data.index_build import open_index
     from dsvl_train.data.processor import Processor
     from tests.unit.remote_servers import register_slow
 
     register_slow().latency_s = (0.0, 0.0)
     processor = Processor.from_folder(data / "processor_vl2")
     for path in (f"slow://{work}/shards", f"{work}/shards"):
-        open_index(path, processor, setting="shards", processor_folder="", index_dir=f"{work}/indexes")
+        open_index(path, processor, setting="shards", command="", index_dir=f"{work}/indexes")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsvl_train.commands import convert, data, encode, eval, generate, score
+from dsvl_train.commands import convert, data, encode, eval, generate, plan, score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     eval.add(commands)
     _add_report(commands)
     data.add(commands)
+    plan.add(commands)
     arguments = parser.parse_args(argv)
     # torch's threads would spin between operations, which on a busy machine makes small models ten times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

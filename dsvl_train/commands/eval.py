@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from dsvl_train.commands.encode import add_max_tiles
+
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the subcommand."""
@@ -36,6 +38,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--shots-from", metavar="FILE", help="file or folder of the same layout that they come from")
     parser.add_argument("--limit", type=int, help="items of each task and texts at most, spread evenly over the file")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    add_max_tiles(parser)
     parser.add_argument("--out", help="write the results with every answer to this JSON file")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.set_defaults(run=run)
@@ -61,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         task = open_task(source, style, shots=arguments.shots, shots_from=arguments.shots_from)
         tasks[name] = Task(task.metric, spread(task.items, arguments.limit))
     texts = spread(read_texts(arguments.text), arguments.limit) if arguments.text else None
-    loaded = load_model(arguments.model, world)
+    loaded = load_model(arguments.model, world, max_tiles=arguments.max_tiles)
     evaluator = Evaluator(loaded, Ranks(world, loaded.cfg.parallel), arguments.max_new_tokens, progress=True)
     results = {name: evaluator.run(name, task) for name, task in tasks.items()}
     summary: dict[str, object] = {

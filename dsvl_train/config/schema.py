@@ -235,6 +235,8 @@ class DataConfig:
     """Sequences computed at once on one rank; they are laid end to end, so none is padded for another's length."""
     text_ratio: float = 0.0
     """Target share of text steps (VL §3.2.2: 0.7; VL2 §3.2: 0.3)."""
+    modality_grouping: bool = True
+    """True: a step has one modality (VL §4.4). False, for ablation: every global batch mixes text and image sequences by the share."""
     text_ratio_start: float = 1.0
     """Share of text steps at step 1, before the modality warm-up."""
     text_warmup_steps: int = 0
@@ -248,8 +250,10 @@ class DataConfig:
     """Local tiles of one image at most (VL2: m * n <= 9)."""
     tiling_image_limit: int = 2
     """Samples with more images than this are not tiled (VL2 §2)."""
+    max_tiles_per_sequence: int | None = None
+    """Tiles of a sequence at most, thumbnails included; a sample with more is a counted skip. null = as many as its tokens allow."""
     decode: Literal["exact", "fast"] = "exact"
-    """exact: pixels bit for bit as the released processor's. fast: about three times as fast, no value more than 2 of 255 off."""
+    """exact: pixels bit for bit as the released processor's. fast: no value more than 2 of 255 off."""
     window: int = 1024
     """Samples that packing looks over at once."""
     workers: int = 1
@@ -280,6 +284,9 @@ class DataConfig:
 # --------------------------------------------------------------------------------------------------- parallel, engine, optim
 
 
+RecomputeModule = Literal["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"]
+
+
 @dataclass
 class ParallelConfig:
     tp: int = 1
@@ -303,6 +310,14 @@ class ParallelConfig:
     """Data parallel ranks keep a share of the optimiser's state each (ZeRO-1), and gather the updated weights."""
     tile_balance: bool = False
     """Exchange tiles between data parallel ranks before encoding (VL2 §4.2)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What of the language model's activations the backward pass computes again instead of keeping them. selective: those of
+    recompute_modules, attention itself being kept. full: of every layer all but its input, for one more forward pass."""
+    recompute_modules: list[RecomputeModule] | None = None
+    """selective only; null = norms, feed-forward layers (mlp, moe), and with latent attention its up-projections. `moe` repeats the
+    exchange of tokens between expert parallel ranks."""
+    vision_recompute: bool = False
+    """Keep only the input of each block of the vision encoders, and run the blocks again in the backward pass."""
 
 
 @dataclass

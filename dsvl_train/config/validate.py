@@ -243,7 +243,7 @@ def _check_stage(config: RunConfig) -> None:
 def _check_data(config: RunConfig) -> None:
     data = config.data
     _at_least(config, 1, "data.seq_len", "data.batch_size", "data.micro_batch_size", "data.max_tiles", "data.window")
-    _at_least(config, 1, "data.prefetch_steps", "data.max_image_pixels")
+    _at_least(config, 1, "data.prefetch_steps", "data.max_image_pixels", "data.max_tiles_per_sequence")
     _at_least(
         config,
         0,
@@ -269,6 +269,10 @@ def _check_data(config: RunConfig) -> None:
         if data.seq_len <= least:
             rule = f"must be more than the {least} tokens of the smallest image, which count towards a sequence"
             raise ConfigError("data.seq_len", rule, value=data.seq_len, fix=f"data.seq_len={2 * least} or more")
+        tiles = data.max_tiles_per_sequence
+        if config.model.family == "vl2" and tiles is not None and tiles < 2:
+            rule = "must be at least 2: an image is a thumbnail and a tile or more"
+            raise ConfigError("data.max_tiles_per_sequence", rule, value=tiles, fix="data.max_tiles_per_sequence=2")
 
 
 def _uses_text(data: DataConfig) -> bool:
@@ -398,8 +402,28 @@ def _check_layout(config: RunConfig, world_size: int) -> None:
         rule = "parallel.ep must divide the number of processes over parallel.pp"
         fix = f"start a multiple of {parallel.ep * parallel.pp} processes, or parallel.ep=1"
         raise ConfigError("parallel.ep, processes / parallel.pp", rule, value=value, fix=fix)
+    _check_recompute(config)
     _check_batch(data, world_size // model_parallel)
     _check_pipeline(config, world_size // model_parallel)
+
+
+def _check_recompute(config: RunConfig) -> None:
+    parallel, language, key = config.parallel, config.model.language, "parallel.recompute_modules"
+    modules = parallel.recompute_modules
+    if modules is None:
+        return
+    if parallel.recompute != "selective":
+        rule = "says what parallel.recompute=selective runs again"
+        raise ConfigError(key, rule, value=modules, fix="parallel.recompute=selective, or parallel.recompute_modules=null")
+    if not modules:
+        raise ConfigError(key, "must name at least one module", value=modules, fix="parallel.recompute=none")
+    absent = {"mla_up_proj"} if language.mla is None else set()
+    absent |= {"moe", "shared_experts"} if language.moe is None else set()
+    wrong = [module for module in modules if module in absent]
+    if wrong:
+        raise ConfigError(key, f"this model has no {', '.join(wrong)}", value=modules, fix=f"{key} without {', '.join(wrong)}")
+    if "moe" in modules and "shared_experts" in modules:
+        raise ConfigError(key, "moe runs its shared experts again, too", value=modules, fix=f"{key} without shared_experts")
 
 
 def _check_pipeline(config: RunConfig, data_parallel: int) -> None:

@@ -99,29 +99,36 @@ def encode_sample(processor: Processor, sample: FileSample, *, inference: bool |
         raise ValueError(f"{sample.where}: {error}") from error
 
 
-def load_processor(path: str | Path, *, mask_prompt: bool = True) -> Processor:
+def load_processor(path: str | Path, *, mask_prompt: bool = True, max_tiles: int | None = None) -> Processor:
     """The processor of a model folder: a released format's or transformers' (no weights needed), a checkpoint of ours, or a run folder.
 
-    A checkpoint tiles as its run did, a released folder as it says itself. `mask_prompt` is ours to choose: the released VL2 folders say
-    false, which would supervise the questions too.
+    A checkpoint tiles as its run did, a released folder as it says itself, unless `max_tiles` says otherwise (VL2 evaluates images of
+    extreme aspect ratios with 18). `mask_prompt` is ours to choose: the released VL2 folders say false, which would supervise the questions
+    too.
 
     Raises:
-        ValueError, FileNotFoundError: no such folder, or a file or key is missing; names it.
+        ValueError, FileNotFoundError: no such folder, or a file or key is missing; names it. Or `max_tiles` for a model without tiles.
     """
-    path = Path(path)
+    processor = _load_processor(Path(path), mask_prompt, max_tiles)
+    if max_tiles is not None and processor.family == "vl":
+        raise ValueError(f"--max-tiles {max_tiles}: {path} is of the VL family, which makes one square of an image; leave the option out")
+    return processor
+
+
+def _load_processor(path: Path, mask_prompt: bool, max_tiles: int | None) -> Processor:
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
     if any((path / name).is_file() for name in ("config.json", "processor_config.json")):  # ours lie a folder deeper
         if _model_type(path) in (transformers_vl.SINGLE, transformers_vl.HYBRID):
             return _processor_of_transformers(path, mask_prompt)
-        return Processor.from_folder(path, mask_prompt=mask_prompt, max_tiles=None)
+        return Processor.from_folder(path, mask_prompt=mask_prompt, max_tiles=max_tiles)
     folder = folders.resolve(path)
     data = load_run_config(folder / folders.CONFIG_FILE).data
     return Processor.from_folder(
         folder / folders.PROCESSOR_FOLDER,
         mask_prompt=mask_prompt,
         tile_selection=data.tile_selection,
-        max_tiles=data.max_tiles,
+        max_tiles=data.max_tiles if max_tiles is None else max_tiles,
         tiling_image_limit=data.tiling_image_limit,
         max_image_pixels=data.max_image_pixels,
     )

@@ -21,6 +21,7 @@ def build_model(
     config = transformer_config(model.language, stage, parallel, world.params_dtype, on_cpu, division if parallel.pp > 1 else None)
     shard_tiles = parallel.tp > 1 and parallel.vision_tp == "shard"
     built = VisionLanguageModel(model, config, division, shard_tiles=shard_tiles)
+    built.vision.vision.recompute = parallel.vision_recompute
     if seed is not None:
         initialise(built, model, seed)
     for chunk in built.chunks.values():

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -28,6 +29,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from dsvl_train.config.schema import LanguageConfig, ParallelConfig, StageConfig
+from dsvl_train.models.costs import recompute_modules
 from dsvl_train.models.layers import PackedAttention, ReplicatedLinear, RMSNorm
 from dsvl_train.models.moe import SampleMoELayer, SampleRouter
 from dsvl_train.parallel.division import Division
@@ -82,6 +84,7 @@ def transformer_config(
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
     }
+    options.update(_recompute_options(language, parallel))
     if language.moe is not None:
         options.update(_moe_options(language, stage))
     if language.mla is None:
@@ -107,6 +110,23 @@ def _pipeline_layout(division: Division) -> list[list[str]]:
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout
+
+
+class _CheckpointWithoutOutput(CheckpointWithoutOutput):
+    """Megatron's recomputation of norms and up-projections; 0.16.1 reads its `fp8=False` as true, and then needs Transformer Engine."""
+
+    def __init__(self, fp8: bool = False) -> None:
+        super().__init__(fp8)
+        self.fp8 = fp8
+
+
+def _recompute_options(language: LanguageConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    if parallel.recompute == "none":
+        return {}
+    if parallel.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    tensor_parallel.CheckpointWithoutOutput = _CheckpointWithoutOutput
+    return {"recompute_granularity": "selective", "recompute_modules": recompute_modules(language, parallel)}
 
 
 def _moe_options(language: LanguageConfig, stage: StageConfig) -> dict[str, Any]:

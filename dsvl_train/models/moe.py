@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
@@ -86,8 +87,21 @@ class SampleRouter(TopKRouter):
 class SampleMoELayer(MoELayer):
     """A MoE layer whose padding mask carries each token's sample number, so that it survives pipelines and recomputation."""
 
+    moe_layer_recompute: bool
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Megatron would recompute what comes after the sample numbers are set, with those of a later micro-batch
+        self._recompute = self.moe_layer_recompute
+        self.moe_layer_recompute = False
+
     def forward(self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Tensor | None = None) -> Any:
         """`padding_mask` is int64 [1, t]: the token's sample number, PADDING where there is none."""
         assert padding_mask is not None
-        self.router.sample_ids_t = padding_mask.reshape(-1)
-        return super().forward(hidden_states, intermediate_tensors, padding_mask == PADDING)
+        if self._recompute and self.training:
+            return tensor_parallel.checkpoint(self._route_and_compute, False, hidden_states, intermediate_tensors, padding_mask)
+        return self._route_and_compute(hidden_states, intermediate_tensors, padding_mask)
+
+    def _route_and_compute(self, hidden_states: Tensor, intermediate_tensors: Any, sample_ids: Tensor) -> Any:
+        self.router.sample_ids_t = sample_ids.reshape(-1)
+        return super().forward(hidden_states, intermediate_tensors, sample_ids == PADDING)

@@ -188,6 +188,10 @@ class LanguageChunk(MegatronModule):
             embeddings_t1h = embeddings_t1h.index_copy(0, positions, visual_vh.to(embeddings_t1h.dtype)[:, None])
         if self.config.sequence_parallel:
             embeddings_t1h = tensor_parallel.scatter_to_sequence_parallel_region(embeddings_t1h)
+        if torch.is_grad_enabled() and not embeddings_t1h.requires_grad:
+            # The embedding is frozen and the micro-batch has no image. Ranks that share experts exchange gradients in every micro-batch, so
+            # each has to; and Megatron's recomputation gives a layer's weights a gradient only if the layer's input wants one.
+            embeddings_t1h = embeddings_t1h.detach().requires_grad_()
         return embeddings_t1h
 
     def _shard(self, x_t: Tensor) -> Tensor:

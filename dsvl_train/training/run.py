@@ -44,12 +44,13 @@ def _train(cfg: RunConfig, world: World) -> int:
     from dsvl_train.interop.checks import require_same_model
     from dsvl_train.interop.folders import CONFIG_FILE
     from dsvl_train.models.build import build_model
+    from dsvl_train.models.costs import choose_division
     from dsvl_train.training import checkpoint
     from dsvl_train.training.bad_samples import BadSampleWatch
     from dsvl_train.training.callbacks import default_callbacks
     from dsvl_train.training.callbacks.evaluation import Evaluation
     from dsvl_train.training.interrupt import StopRequest
-    from dsvl_train.training.setup import build_trainable, check_processor, choose_division
+    from dsvl_train.training.setup import build_trainable, check_processor
     from dsvl_train.training.step import TrainStep
     from dsvl_train.training.trainer import Trainer
     from dsvl_train.training.watchdog import Watchdog

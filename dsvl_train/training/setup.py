@@ -11,23 +11,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from dsvl_train.config.schema import ModelConfig, RunConfig
 from dsvl_train.data.processor import Processor
-from dsvl_train.models.costs import layer_costs, usual_tiles
 from dsvl_train.models.vision import STORED_ONLY
 from dsvl_train.models.vlm import VisionLanguageModel, whole_model_name
-from dsvl_train.parallel.division import Division, plan_division
 from dsvl_train.parallel.startup import World
 from dsvl_train.training.optimiser import ModalityOptimiser
 from dsvl_train.training.stages import apply_policy, format_summary, resolve_policy, summary
-
-
-def choose_division(cfg: RunConfig) -> Division | None:
-    """Which layers each pipeline rank holds, from the costs of the layers and the run's share of text steps; None without a pipeline."""
-    parallel, data = cfg.parallel, cfg.data
-    if parallel.pp == 1:
-        return None
-    tokens = data.micro_batch_size * data.seq_len
-    costs = layer_costs(cfg.model, tokens, usual_tiles(cfg.model, tokens))
-    return plan_division(costs, parallel.pp, parallel.vpp, parallel.vision_division, text_share=data.text_ratio, group=parallel.group)
 
 
 def build_trainable(

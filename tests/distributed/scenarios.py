@@ -17,7 +17,8 @@ def train_tiny(family: str, parallel: dict[str, int], modalities: list[str], opt
         setattr(functools.reduce(getattr, path, cfg), leaf, value)
     world = startup.start(cfg.engine, cfg.parallel, seed=0)
     from dsvl_train.models.build import build_model
-    from dsvl_train.training.setup import build_trainable, choose_division
+    from dsvl_train.models.costs import choose_division
+    from dsvl_train.training.setup import build_trainable
     from dsvl_train.training.step import TrainStep
 
     model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=0, division=choose_division(cfg))

@@ -43,8 +43,9 @@ def train_one_step(source: str, run_dir: str, parallel: dict[str, int], policy: 
     from dsvl_train.interop.loading import load_any_weights
     from dsvl_train.interop.released import is_released, open_released
     from dsvl_train.models.build import build_model
+    from dsvl_train.models.costs import choose_division
     from dsvl_train.training import checkpoint
-    from dsvl_train.training.setup import build_trainable, choose_division
+    from dsvl_train.training.setup import build_trainable
     from dsvl_train.training.step import TrainStep
 
     cfg.model = open_released(source)[0] if is_released(source) else checkpoint_model(source)

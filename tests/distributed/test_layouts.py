@@ -26,6 +26,7 @@ def alone() -> dict[str, dict[str, Any]]:
 
 SPREAD, FIRST_STAGE = {"vision_division": "spread"}, {"vision_division": "first_stage"}
 SHARD, BALANCE, ZERO = {"vision_tp": "shard"}, {"tile_balance": True}, {"distributed_optimizer": True}
+SELECTIVE, FULL = {"recompute": "selective"}, {"recompute": "full", "vision_recompute": True}
 EVERY_CHANGE: list[tuple[str, int, dict[str, object]]] = [
     ("vl", 2, {}),
     ("vl", 2, {"tp": 2}),
@@ -36,10 +37,10 @@ EVERY_CHANGE: list[tuple[str, int, dict[str, object]]] = [
     ("vl2", 2, {"ep": 2} | BALANCE),
     ("vl2", 2, {"pp": 2, "vpp": 3} | SPREAD),
     ("vl2", 4, {"pp": 4} | SPREAD),
-    ("vl2", 4, {"tp": 2, "ep": 2} | SHARD | BALANCE | ZERO),
-    ("vl2", 4, {"pp": 2, "ep": 2} | FIRST_STAGE | BALANCE),
+    ("vl2", 4, {"tp": 2, "ep": 2} | SHARD | BALANCE | ZERO | SELECTIVE),
+    ("vl2", 4, {"pp": 2, "ep": 2} | FIRST_STAGE | BALANCE | FULL),
 ]
-"""Run with every change: each kind of parallelism, each division, sharing and balancing, and some products."""
+"""Run with every change: each kind of parallelism, each division, sharing, balancing and recomputation, and some products."""
 
 
 def _full_matrix() -> list[tuple[str, int, dict[str, object]]]:
@@ -70,6 +71,9 @@ def _full_matrix() -> list[tuple[str, int, dict[str, object]]]:
             case = (family, ranks, functools.reduce(operator.or_, options, dict(layout)))
             if case not in EVERY_CHANGE:
                 cases.append(case)
+    for family, (ranks, layout), option in itertools.product(("vl", "vl2"), layouts, (SELECTIVE, FULL)):
+        if family == "vl2" or "ep" not in layout:
+            cases.append((family, ranks, layout | option))
     return cases
 
 
@@ -102,6 +106,32 @@ def require_same_numbers(reference: dict[str, Any], result: dict[str, Any]) -> N
     for name, want in reference["weights"].items():
         np.testing.assert_array_equal(result["initial"][name], reference["initial"][name], err_msg=f"initial {name}")
         np.testing.assert_allclose(result["weights"][name], want, atol=1e-4, err_msg=name)
+
+
+ONLY_VISION = [ParamRule("language.*", None), ParamRule("vision.*", 0.1), ParamRule("*", 1.0)]
+FROZEN_EMBEDDING = [ParamRule("language.embedding.*", None), ParamRule("vision.*", None), ParamRule("*", 1.0)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("policy", "modalities", "ranks", "parallel"),
+    [
+        (ONLY_VISION, ["multimodal"] * 2, 2, {"ep": 2}),
+        pytest.param(ONLY_VISION, ["multimodal"] * 2, 2, {"ep": 2} | FULL, marks=pytest.mark.full),
+        pytest.param(ONLY_VISION, ["multimodal"] * 2, 2, {"pp": 2} | FULL, marks=pytest.mark.full),
+        pytest.param(ONLY_VISION, ["multimodal"] * 2, 2, {"tp": 2} | SELECTIVE, marks=pytest.mark.full),
+        (FROZEN_EMBEDDING, MODALITIES, 2, {"ep": 2} | SELECTIVE),
+        pytest.param(FROZEN_EMBEDDING, MODALITIES, 2, {"pp": 2} | SELECTIVE, marks=pytest.mark.full),
+        pytest.param(FROZEN_EMBEDDING, MODALITIES, 2, {"tp": 2} | FULL, marks=pytest.mark.full),
+    ],
+    ids=["stage 1", "stage 1 full", "stage 1 pipeline", "stage 1 tensors", "embedding", "embedding pipeline", "embedding tensors"],
+)
+def test_frozen_parts_hold_up_nobody(policy: list[ParamRule], modalities: list[str], ranks: int, parallel: dict[str, Any]) -> None:
+    """One rank's micro-batch has no image, so nothing in its language model wants a gradient; the other's has one, and shares experts."""
+    text_ratio = 0.5 if "text" in modalities else 0.0
+    options = {"stage.policy": policy, "data.text_ratio": text_ratio}
+    reference, result = (run_ranks(train_tiny, n, "vl2", layout, modalities, options)[0] for n, layout in ((1, {}), (ranks, parallel)))
+    require_same_numbers(reference, result)
 
 
 @pytest.mark.distributed

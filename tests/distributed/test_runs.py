@@ -159,6 +159,28 @@ def test_a_run_goes_on_with_another_layout(data: Path, uninterrupted: Path, tmp_
         assert got[2] == pytest.approx(want[2], rel=1e-5)
 
 
+def test_a_run_that_mixes_modalities_has_one_loss_curve_on_every_layout(data: Path, tmp_path: Path) -> None:
+    """Text and image sequences in each step, over data-parallel ranks; the same over a pipeline, gone on with alone."""
+    mixed = ["data.modality_grouping=false", "data.batch_size=8"]
+    done = train(overrides(data, tmp_path / "straight", *mixed), ranks=2)
+    assert done.returncode == 0, done.stderr
+    for layout, ranks in (([*PIPELINE, "run.stop_after=5"], 4), ([], 1)):
+        done = train(overrides(data, tmp_path / "stopped", *mixed, *layout), ranks)
+        assert done.returncode == 0, done.stderr
+    for got, want in zip(losses(tmp_path / "stopped"), losses(tmp_path / "straight"), strict=True):
+        assert got[:2] == want[:2]
+        assert got[2] == pytest.approx(want[2], rel=1e-5)
+    records = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    assert [record["modality"] for record in records] == ["text"] + ["multimodal"] * 7, "the warm-up begins with text alone"
+    assert all(set(record["loss_by_source"]) == {"pretrain", "text"} for record in records[1:])
+    text = target = 0.0
+    for record in records:
+        before, text = text, record["text_share"] * record["step"]
+        assert round((text - before) * 8, 6) in range(9)
+        target += record["text_ratio"]
+        assert abs(text - target) <= 1 / 8
+
+
 # ------------------------------------------------------------------------------------------------------------------- errors
 
 

@@ -277,6 +277,7 @@ def test_config_yaml_that_does_not_fit_is_refused(tmp_path: Path, vl2: RunConfig
         ({"data__max_bad_fraction": 2.0}, "data.max_bad_fraction", "between 0 and 1"),
         ({"data__seq_len": 8192}, "data.seq_len", "max_positions (4096)"),
         ({"data__seq_len": 25}, "data.seq_len", "25 tokens of the smallest image"),
+        ({"data__max_tiles_per_sequence": 1}, "data.max_tiles_per_sequence", "a thumbnail and a tile"),
         ({"data__batch_size": 0}, "data.batch_size", "at least 1"),
         ({"data__batch_size": 15}, "data.batch_size, data.micro_batch_size", "16 or 14"),
         ({"data__sources": {}}, "data.sources, data.text_ratio", "needs a source of modality text"),
@@ -354,6 +355,14 @@ def test_rules_of_a_vl_run(vl: RunConfig, settings: dict[str, Any], key: str, wo
             "parallel.ep",
         ),
         ({"data__micro_batch_size": 3}, 4, "data.batch_size, data.micro_batch_size"),
+        ({"parallel__recompute_modules": ["mlp"]}, 1, "parallel.recompute_modules"),
+        ({"parallel__recompute": "selective", "parallel__recompute_modules": []}, 1, "parallel.recompute_modules"),
+        ({"parallel__recompute": "selective", "parallel__recompute_modules": ["moe", "shared_experts"]}, 1, "parallel.recompute_modules"),
+        (
+            {"parallel__recompute": "selective", "parallel__recompute_modules": ["mlp", "mla_up_proj"], "model__language__mla": None},
+            1,
+            "parallel.recompute_modules",
+        ),
     ],
 )
 def test_rules_of_the_layout(vl2: RunConfig, settings: dict[str, Any], world_size: int, key: str) -> None:

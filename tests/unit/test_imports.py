@@ -19,8 +19,22 @@ MAY_IMPORT = {
     "failures": {"config"},
     "rank": {"config", "failures", "training"},
     "launcher": {"config", "failures", "rank", "training"},
-    "commands": {"config", "data", "evaluation", "failures", "interop", "models", "parallel"},
-    "cli": {"commands", "config", "data", "evaluation", "failures", "interop", "launcher", "models", "parallel", "reporting", "training"},
+    "planning": {"planning", "training", "interop", "models", "parallel", "config"},
+    "commands": {"config", "data", "evaluation", "failures", "interop", "models", "parallel", "planning"},
+    "cli": {
+        "commands",
+        "config",
+        "data",
+        "evaluation",
+        "failures",
+        "interop",
+        "launcher",
+        "models",
+        "parallel",
+        "planning",
+        "reporting",
+        "training",
+    },
 }
 """Part of dsvl_train (a folder, or a module beside them) -> the parts that it may import."""
 

@@ -1,0 +1,52 @@
+"""A tiny model with everything that a training step needs, in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dsvl_train.parallel import startup
+from tests.tiny import SOURCES, tiny_batch, tiny_run
+
+
+class Bench:
+    """A tiny model with its step, ready to be driven by hand."""
+
+    def __init__(self, world: startup.World, family: str, **changes: Any) -> None:
+        from dsvl_train.models.build import build_model
+        from dsvl_train.training.setup import build_trainable
+        from dsvl_train.training.step import TrainStep
+
+        self.cfg = tiny_run(family)
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            setattr(getattr(self.cfg, section), name, value)
+        self.model = build_model(self.cfg.model, self.cfg.stage, self.cfg.parallel, world, self.cfg.run.seed)
+        self.chunks, self.optimiser = build_trainable(self.cfg, world, self.model)
+        self.step = TrainStep(self.cfg, world, self.model, self.chunks, self.optimiser, SOURCES)
+        self.done = 0
+
+    def run(self, *modalities: str) -> list[dict[str, Any]]:
+        records = []
+        for modality in modalities:
+            self.done += 1
+            batch = tiny_batch(self.cfg.model, self.done, modality)  # type: ignore[arg-type]
+            records.append(self.step(batch, self.cfg.optim.lr, stop_requested=False)[0])
+        return records
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every weight, buffer and moment."""
+        state = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            stored = self.optimiser.state_of(parameter)
+            for key, value in stored.tensors.items() if stored else ():
+                state[f"{key} {name}"] = value.detach().clone()
+        for index, router in enumerate(self.model.routers().values()):
+            if router.expert_bias is not None:
+                state[f"expert_bias {index}"] = router.expert_bias.clone()
+        return state
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in after if name not in before or not torch.equal(before[name], after[name])}
