@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from dsvl_train.checkpoints.folders import STATE_FILE, find_latest
 from dsvl_train.config.compose import CONF_DIR, compose_run
 from dsvl_train.config.errors import ConfigError
 from dsvl_train.config.names import nearest_name
@@ -24,7 +25,6 @@ from dsvl_train.config.overrides import options_of
 from dsvl_train.config.schema import RunConfig
 from dsvl_train.config.validate import validate
 from dsvl_train.failures import DONE, STOP_SIGNALS
-from dsvl_train.interop.folders import STATE_FILE, find_latest
 
 ORDER = ("lm", "align", "pretrain", "sft")
 """Stages of any family, in the order in which they follow one another."""

@@ -426,6 +426,28 @@ class GuardConfig:
 
 
 @dataclass
+class EvalConfig:
+    """Evaluation in the loop, on all ranks; `dsvl eval` does the same to checkpoints."""
+
+    every: int = 0
+    """Evaluate after every this many steps and after the last; 0 = never."""
+    tasks: dict[str, str] = field(default_factory=dict)
+    """Name -> task file (JSON lines), or a benchmark's own file as LAYOUT:PATH (mmlu, hellaswag, mmbench, mmmu, gsm8k, shards)."""
+    text: str | None = None
+    """Held-out documents (JSON lines of `text`), for bits per byte."""
+    limit: int | None = None
+    """Items of each task and texts at most, spread evenly over the file; null = all."""
+    max_new_tokens: int = 64
+    """Tokens of a generated answer at most."""
+    tokens_at_once: int = 8192
+    """Tokens of a forward pass that scores, on one rank; a single longer sample is a pass by itself."""
+    plain: bool = False
+    """Put a benchmark's questions as plain text, without the conversation template: for base models."""
+    options: Literal["text", "letter"] = "text"
+    """text: each option's text is scored as the answer (VL §3.2.2). letter: options are listed, and their letters scored."""
+
+
+@dataclass
 class LoggingConfig:
     every: int = 1
     """Print a progress line every this many steps where there is no terminal for a bar."""
@@ -495,5 +517,6 @@ class RunConfig:
     launch: LaunchConfig
     init: InitConfig
     guard: GuardConfig = field(default_factory=GuardConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     resume: str = "auto"
     """auto: go on from the run folder's latest checkpoint if there is one. none: start anew. Else: a checkpoint folder."""
