@@ -198,7 +198,12 @@ def test_one_lost_letter_finds_the_key_again(key: str, data: st.DataObject) -> N
     place = data.draw(st.integers(0, len(name) - 1))
     mistyped = key[: len(key) - len(name)] + name[:place] + name[place + 1 :]
     if len(name) > 4 and matching_key(mistyped) is None:
-        assert nearest_key(mistyped) == key
+        assert mistyped in _with_a_letter_less(nearest_key(mistyped))  # of qk_rope_dim and qk_nope_dim, qk_ope_dim is as near to both
+
+
+def _with_a_letter_less(key: str) -> list[str]:
+    start = key.rfind(".") + 1
+    return [key[:place] + key[place + 1 :] for place in range(start, len(key))]
 
 
 # --------------------------------------------------------------------------------------------------------------------- round trip
