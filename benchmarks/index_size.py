@@ -1,14 +1,19 @@
-"""An index of many samples: bytes on disk, seconds and memory to open it, to make a source of it, and to look samples up.
+"""An index of many samples: bytes on disk, seconds and memory to open it, to make a source of it, and to look samples up; and what it takes
+to go on in the middle of a run over it.
 
     python benchmarks/index_size.py --samples 100000000 --folder /a/disk/with/13/gigabytes
 
 Samples are made up (one image and two turns each, keys of nine digits) and written by the code that writes indexes; one in a thousand is
 too long for its run. Timed once right after writing, so most pages are in memory; `--cold` asks the system to forget them first.
+
+For the resume, a run stands at several places of its first three epochs, with the state of its data as a checkpoint has it. A process of
+its own opens the index, restores the state and plans the next global batch, which must be the one that the run itself goes on with.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -22,8 +27,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsvl_train.config.schema import DataConfig, SourceConfig
 from dsvl_train.data.arrays import Column, write_arrays
-from dsvl_train.data.index import VERSION
+from dsvl_train.data.cursor import Cursor, StreamCursor
+from dsvl_train.data.index import VERSION, load_index
+from dsvl_train.data.plan import GlobalBatchPlan, Planner
+from dsvl_train.data.sources import ShardSource
 
 CHUNK = 1 << 20
 PER_SHARD = 10_000
@@ -60,6 +69,59 @@ print(json.dumps({"samples": len(index), "open_ms": open_s * 1e3, "open_mb": ope
 """
 
 
+PLACES = (0.0, 0.1, 0.5, 0.99, 2.5)
+"""Epochs."""
+
+RESUME = """
+import hashlib, json, sys, time
+start = time.perf_counter()
+from pathlib import Path
+from benchmarks.index_size import open_planner, fingerprint
+imported = time.perf_counter()
+planner = open_planner(Path(sys.argv[1]))
+opened = time.perf_counter()
+plan, _ = planner.plan(planner.restore(json.loads(sys.stdin.read())))
+planned = time.perf_counter()
+print(json.dumps({"opened_s": opened - imported, "planned_s": planned - opened, "imported_s": imported - start,
+                  "batch": fingerprint(plan)}))
+"""
+
+
+def open_planner(path: Path) -> Planner:
+    """The planner of a run over a made index: global batches of 256 sequences of 4,096 tokens."""
+    sources = {"m": SourceConfig(kind="shards", path="unused", modality="multimodal")}
+    cfg = DataConfig(processor="unused", sources=sources, seq_len=4096, packing=True, batch_size=256)
+    unused: Any = None
+    return Planner([ShardSource("m", "multimodal", load_index(path), unused, unused, cfg.seq_len)], cfg, 0)
+
+
+def fingerprint(plan: GlobalBatchPlan) -> str:
+    """Of the samples and packs of a global batch."""
+    return hashlib.sha256(repr(plan.packs).encode()).hexdigest()
+
+
+def measure_resume(path: Path, environment: dict[str, str]) -> None:
+    """Print a line for each place of a run."""
+    planner = open_planner(path)
+    (source,) = planner.sources
+    samples = int(source.shard_sizes.sum())
+    for place in PLACES:
+        drawn = int(place * samples)
+        stream = StreamCursor(("m",), drawn=(drawn,), credits=(0.0,), window=drawn // planner.cfg.window)
+        cursor = Cursor(step=1 + drawn // 2000, streams={"multimodal": stream})
+        for _ in range(20):  # so that packs are under way
+            _, cursor = planner.plan(cursor)
+        state = json.dumps(planner.state(cursor))
+        command = [sys.executable, "-c", RESUME, str(path)]
+        found = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True, input=state).stdout)
+        assert found["batch"] == fingerprint(planner.plan(cursor)[0]), "another global batch than the run's own"
+        print(
+            f"resumed after {place:g} epochs: state {len(state)} bytes; index opened in {found['opened_s']:.2f} s, state restored and the "
+            f"next global batch planned in {found['planned_s']:.3f} s (imports {found['imported_s']:.1f} s)",
+            flush=True,
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Size and speed of a large index.")
     parser.add_argument("--samples", type=int, default=2_000_000)
@@ -79,7 +141,8 @@ def main() -> int:
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
         command = [sys.executable, "-c", MEASURE, str(path)]
         found = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
-    print(", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        print(", ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
+        measure_resume(path, environment)
     return 0
 
 

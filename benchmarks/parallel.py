@@ -43,7 +43,8 @@ def measure(parallel: dict[str, Any], steps: int) -> list[float]:
     cfg.data.text_ratio = 0.0
     world = startup.start(cfg.engine, cfg.parallel, seed=0)
     from dsvl_train.models.build import build_model
-    from dsvl_train.training.setup import build_trainable, choose_division
+    from dsvl_train.models.costs import choose_division
+    from dsvl_train.training.setup import build_trainable
     from dsvl_train.training.step import TrainStep
 
     model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=0, division=choose_division(cfg))
@@ -69,7 +70,7 @@ def simulated_bubbles() -> None:
         costs, text_share = layer_costs(model, 4096, usual_tiles(model, 4096)), 0.3 if family == "vl2" else 0.7
         bubbles = []
         for kind, group in (("first_stage", None), ("spread", None), ("spread", 4)):
-            division = plan_division(costs, 4, 1, kind, text_share=text_share, micro_batches=16, group=group)  # type: ignore[arg-type]
+            division = plan_division(costs, 4, 1, kind, text_share=text_share, micro_batches=16, group=group)
             bubbles.append(simulate(division.chunk_costs(costs, images=True), 16, wanted_group=group).bubble)
         print(f"{name:<32}{bubbles[0]:>12.3f}{bubbles[1]:>12.3f}{bubbles[2]:>20.3f}")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,8 @@ SETTINGS = [
 def write_shards(data: Path, folder: Path) -> None:
     """The demo's pretraining samples, in 1,000 shards."""
     from dsvl_train.data.sample import find_images, parse_sample
-    from dsvl_train.data.shards import ShardReader, ShardWriter, group_members, scan_tar
+    from dsvl_train.data.shards import ShardReader, ShardWriter
+    from dsvl_train.data.tar_scan import group_members, scan_tar
 
     reader = ShardReader()
     groups = []
@@ -111,14 +113,14 @@ def train(arguments: argparse.Namespace) -> None:
 
 def build_index(data: Path, work: Path) -> None:
     """Without latency: indexing is not what is timed."""
-    from dsvl_train.data.index import open_index
+    from dsvl_train.data.index_build import open_index
     from dsvl_train.data.processor import Processor
     from tests.unit.remote_servers import register_slow
 
     register_slow().latency_s = (0.0, 0.0)
     processor = Processor.from_folder(data / "processor_vl2")
     for path in (f"slow://{work}/shards", f"{work}/shards"):
-        open_index(path, processor, setting="shards", processor_folder="", index_dir=f"{work}/indexes")
+        open_index(path, processor, setting="shards", command="", index_dir=f"{work}/indexes")
 
 
 def main() -> None:
@@ -154,7 +156,8 @@ def main() -> None:
                 "--steps",
                 str(arguments.steps),
             ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+            environment = os.environ | {"OMP_WAIT_POLICY": "passive"}  # torch's threads would take the cores that the reading threads need
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
             if done.returncode:
                 raise SystemExit(done.stderr)
             result = json.loads(done.stdout.splitlines()[-1])

@@ -34,8 +34,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     for action in (index, check):
         _add_what(action)
     check.add_argument("--seq-len", type=int, default=NO_LIMIT, help="samples of more tokens are skipped, as data.seq_len says")
+    check.add_argument("--max-tiles-per-sequence", type=int, help="samples of more tiles are skipped, as data.max_tiles_per_sequence says")
     check.add_argument("--out", help="write a JSON line per sample that would be skipped: source, shard, key, kind, message")
-    index.set_defaults(run=_index, seq_len=NO_LIMIT)
+    index.set_defaults(run=_index, seq_len=NO_LIMIT, max_tiles_per_sequence=None)
     check.set_defaults(run=_check)
 
 
@@ -66,7 +67,7 @@ def data_config(arguments: argparse.Namespace) -> DataConfig:
     from dsvl_train.config.schema import DataConfig, SourceConfig
     from dsvl_train.data.sources import INDEX_SETTINGS
 
-    names = (*INDEX_SETTINGS, "index_dir")
+    names = (*INDEX_SETTINGS, "index_dir", "max_tiles_per_sequence")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.overrides:
         if arguments.shards or arguments.processor or given or arguments.seq_len != NO_LIMIT:

@@ -19,6 +19,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--samples", required=True, help="JSON list or JSON lines of messages and images; an empty last answer = a prompt")
     parser.add_argument("--out", required=True, help="the .npz to write: i.input_ids, i.labels, i.image_mask, i.tiles_wh, i.pixels")
     add_mask_prompt(parser)
+    add_max_tiles(parser)
     parser.set_defaults(run=run)
 
 
@@ -32,6 +33,15 @@ def add_mask_prompt(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_max_tiles(parser: argparse.ArgumentParser) -> None:
+    """Declare --max-tiles."""
+    parser.add_argument(
+        "--max-tiles",
+        type=int,
+        help="VL2: local tiles of an image at most (default: as the model was trained; VL2 reads InfoVQA with 18)",
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Encode sample by sample; the file appears when all are written."""
     from dsvl_train.evaluation.samples import encode_sample, load_processor, read_samples
@@ -41,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out {out} is a folder; name the .npz file to write")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
-    processor = load_processor(arguments.model, mask_prompt=arguments.mask_prompt == "true")
+    processor = load_processor(arguments.model, mask_prompt=arguments.mask_prompt == "true", max_tiles=arguments.max_tiles)
     samples = read_samples(arguments.samples)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}")
     try:

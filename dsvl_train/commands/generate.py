@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsvl_train.commands.encode import add_max_tiles
+
 if TYPE_CHECKING:
     from dsvl_train.data.processor import Encoded
     from dsvl_train.evaluation.generation import Sampling
@@ -27,6 +29,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="sample from this many most probable tokens; 0 = all (the default)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--batch", type=int, default=16, help="conversations of --samples at once")
+    add_max_tiles(parser)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.set_defaults(run=run)
 
@@ -47,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dsvl_train.evaluation.loading import load_model
 
     sampling = Sampling(arguments.temperature, arguments.top_p, arguments.top_k, arguments.seed)
-    loaded = load_model(arguments.model, world)
+    loaded = load_model(arguments.model, world, max_tiles=arguments.max_tiles)
     if arguments.prompt is None:
         _answer_samples(loaded, arguments, sampling)
         return 0

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from dsvl_train.commands.encode import add_mask_prompt
+from dsvl_train.commands.encode import add_mask_prompt, add_max_tiles
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -15,6 +15,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", required=True, help="folder in a released format, checkpoint, or run folder (its latest checkpoint)")
     parser.add_argument("--samples", required=True, help="JSON list or JSON lines of messages and images")
     add_mask_prompt(parser)
+    add_max_tiles(parser)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
         "--precision", choices=["fp32", "bf16"], default="fp32", help="of the model (default fp32); bf16 takes half the memory"
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dsvl_train.evaluation.samples import encode_sample, load_processor, read_samples
     from dsvl_train.parallel.startup import start
 
-    processor = load_processor(arguments.model, mask_prompt=arguments.mask_prompt == "true")
+    processor = load_processor(arguments.model, mask_prompt=arguments.mask_prompt == "true", max_tiles=arguments.max_tiles)
     samples = read_samples(arguments.samples)
     torch.backends.cudnn.allow_tf32 = False  # torch lets convolutions use TF32 on CUDA: three digits, where losses are compared to five
     engine = EngineConfig(device=arguments.device, precision=arguments.precision)

@@ -5,6 +5,7 @@ Each rule is one small function; a broken one raises a `ConfigError` with the va
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable
 
@@ -13,7 +14,6 @@ from .schema import VOCAB_MULTIPLE, DataConfig, LanguageConfig, MlaConfig, Model
 
 NOT_AVAILABLE: list[tuple[str, Callable[[RunConfig], object], object]] = [
     ("parallel.cp", lambda c: c.parallel.cp, 1),
-    ("engine", lambda c: c.engine.name, "megatron"),
 ]
 """Settings whose other values are not built yet: key, how to read it, the only value that works. Delete a line when its feature arrives."""
 
@@ -44,6 +44,7 @@ def validate(config: RunConfig, world_size: int, device: str | None = None) -> N
     _check_optim(config)
     _check_engine(config, device or config.engine.device)
     _check_guard(config)
+    _check_eval(config)
     _check_layout(config, world_size)
 
 
@@ -83,7 +84,8 @@ def _divides(key: str, divisor: int, of_key: str, number: int) -> None:
 
 def _check_run(config: RunConfig) -> None:
     _at_least(config, 1, "run.max_steps", "run.stop_after", "logging.every")
-    _at_least(config, 0, "run.seed", "checkpoint.every", "checkpoint.keep_last", "launch.nproc")
+    _at_least(config, 0, "run.seed", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "launch.nproc")
+    _at_least(config, 0, "checkpoint.retries", "checkpoint.retry_s")
     run = config.run
     if not run.name:
         raise ConfigError("run.name", "must not be empty", fix="run.name=NAME")
@@ -246,7 +248,7 @@ def _check_stage(config: RunConfig) -> None:
 def _check_data(config: RunConfig) -> None:
     data = config.data
     _at_least(config, 1, "data.seq_len", "data.batch_size", "data.micro_batch_size", "data.max_tiles", "data.window")
-    _at_least(config, 1, "data.prefetch_steps", "data.max_image_pixels")
+    _at_least(config, 1, "data.prefetch_steps", "data.max_image_pixels", "data.max_tiles_per_sequence")
     _at_least(
         config,
         0,
@@ -272,6 +274,10 @@ def _check_data(config: RunConfig) -> None:
         if data.seq_len <= least:
             rule = f"must be more than the {least} tokens of the smallest image, which count towards a sequence"
             raise ConfigError("data.seq_len", rule, value=data.seq_len, fix=f"data.seq_len={2 * least} or more")
+        tiles = data.max_tiles_per_sequence
+        if config.model.family == "vl2" and tiles is not None and tiles < 2:
+            rule = "must be at least 2: an image is a thumbnail and a tile or more"
+            raise ConfigError("data.max_tiles_per_sequence", rule, value=tiles, fix="data.max_tiles_per_sequence=2")
 
 
 def _uses_text(data: DataConfig) -> bool:
@@ -349,8 +355,37 @@ def _check_engine(config: RunConfig, device: str) -> None:
     if device == "cpu" and engine.precision == "bf16":
         rule = "bf16 needs CUDA; on a CPU the run computes in fp32"
         raise ConfigError("engine.precision", rule, value=engine.precision, fix="engine.precision=auto")
-    if not 0 <= engine.zero_stage <= 3:
-        raise ConfigError("engine.zero_stage", "must be 0, 1, 2 or 3", value=engine.zero_stage, fix="engine.zero_stage=1")
+    if not 1 <= engine.zero_stage <= 3:
+        raise ConfigError("engine.zero_stage", "must be 1, 2 or 3", value=engine.zero_stage, fix="engine.zero_stage=1")
+    _at_least(config, 0, "engine.zero_keep_whole")
+    if engine.offload != "none" and engine.name != "deepspeed":
+        raise ConfigError("engine.offload", "is a setting of engine=deepspeed", value=engine.offload, fix="engine.offload=none")
+    if engine.offload == "all" and engine.zero_stage < 3:
+        rule = f"weights that lie in main memory need engine.zero_stage=3, and it is {engine.zero_stage}"
+        raise ConfigError("engine.offload", rule, value=engine.offload, fix="engine.offload=optimizer or engine.zero_stage=3")
+    if engine.name == "deepspeed":
+        _check_deepspeed(config)
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    parallel = config.parallel
+    for name in ("tp", "pp", "ep", "cp"):
+        if getattr(parallel, name) != 1:
+            key, rule = f"parallel.{name}", "the deepspeed engine is data parallel alone"
+            raise ConfigError(key, rule, value=getattr(parallel, name), fix=f"{key}=1 or engine=megatron")
+    if parallel.distributed_optimizer:
+        rule = "is Megatron's; every ZeRO stage of the deepspeed engine shares the optimiser's state out"
+        raise ConfigError("parallel.distributed_optimizer", rule, value=True, fix="parallel.distributed_optimizer=false")
+    if config.eval.every and config.engine.zero_stage == 3:
+        rule = "evaluation in the loop needs whole weights on every rank, which engine.zero_stage=3 does not keep"
+        fix = "eval.every=0 (and dsvl eval on the checkpoints), or engine.zero_stage=2"
+        raise ConfigError("eval.every, engine.zero_stage", rule, value=(config.eval.every, 3), fix=fix)
+    if config.optim.update_idle:
+        rule = "the deepspeed engine cannot step parameters that a step does not reach"
+        raise ConfigError("optim.update_idle", rule, value=True, fix="optim.update_idle=false or engine=megatron")
+    if importlib.util.find_spec("deepspeed") is None:
+        fix = "pip install -e .[deepspeed], or engine=megatron"
+        raise ConfigError("engine", "needs the package deepspeed, which is not installed", value="deepspeed", fix=fix)
 
 
 def _check_guard(config: RunConfig) -> None:
@@ -362,6 +397,19 @@ def _check_guard(config: RunConfig) -> None:
         rule = "must be below engine.timeout_s, whose error does not say which rank hangs"
         fix = f"guard.hang_s={0.8 * config.engine.timeout_s:g}"
         raise ConfigError("guard.hang_s, engine.timeout_s", rule, value=(guard.hang_s, config.engine.timeout_s), fix=fix)
+
+
+def _check_eval(config: RunConfig) -> None:
+    _at_least(config, 0, "eval.every")
+    _at_least(config, 1, "eval.limit", "eval.max_new_tokens", "eval.tokens_at_once")
+    evaluation = config.eval
+    for name in evaluation.tasks:
+        if not name or "/" in name or name == "bits_per_byte":
+            rule = "a task needs a name without slashes, other than bits_per_byte, which is eval.text's"
+            raise ConfigError("eval.tasks", rule, value=name, fix="rename the task")
+    if evaluation.every and not evaluation.tasks and not evaluation.text:
+        fix = "eval.tasks.NAME=FILE or eval.text=FILE, or eval.every=0"
+        raise ConfigError("eval.every, eval.tasks, eval.text", "there is nothing to evaluate", value=evaluation.every, fix=fix)
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:

@@ -54,9 +54,10 @@ class StepBatch:
     step: int
     """From 1."""
     modality: Modality
+    """multimodal: there are multimodal sequences in the global batch; without data.modality_grouping there may be text ones beside them."""
     micro_batches: list[MicroBatch]
     text_share: float
-    """Realised share of text steps, this one included."""
+    """Realised share of text sequences, this step's included; with modality grouping that is the share of text steps."""
     text_share_target: float
     """The schedule's average up to and including this step: what the realised share tracks."""
     text_ratio: float

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 
 Draw = tuple[int, int]
 """(source of the modality, ordinal): the ordinal-th draw from that source, over all epochs."""
@@ -40,7 +40,7 @@ class StreamCursor:
 
     def as_json(self) -> dict[str, Any]:
         return {
-            "sources": {name: [drawn, credit] for name, drawn, credit in zip(self.names, self.drawn, self.credits, strict=True)},
+            "sources": [list(entry) for entry in zip(self.names, self.drawn, self.credits, strict=True)],  # in order, unlike a JSON object
             "started": [[list(draw) for draw in pack] for pack in self.started],
             "window": self.window,
             "offset": self.offset,
@@ -51,9 +51,9 @@ class StreamCursor:
     def from_json(cls, value: dict[str, Any]) -> StreamCursor:
         sources = value["sources"]
         return cls(
-            names=tuple(sources),
-            drawn=tuple(int(drawn) for drawn, _ in sources.values()),
-            credits=tuple(float(credit) for _, credit in sources.values()),
+            names=tuple(str(name) for name, _, _ in sources),
+            drawn=tuple(int(drawn) for _, drawn, _ in sources),
+            credits=tuple(float(credit) for _, _, credit in sources),
             started=tuple(tuple((int(source), int(ordinal)) for source, ordinal in pack) for pack in value["started"]),
             window=int(value["window"]),
             offset=int(value["offset"]),
@@ -67,8 +67,8 @@ class Cursor:
 
     step: int = 0
     """Steps done."""
-    text_steps: int = 0
-    """Text steps among them."""
+    text_steps: float = 0.0
+    """Text steps among them; a step that mixes modalities counts as the share of its sequences that are text."""
     target_sum: float = 0.0
     """Sum of the wanted text shares of these steps."""
     streams: dict[str, StreamCursor] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class Cursor:
             raise ValueError(f"data state of version {value.get('version')!r}; this code reads version {VERSION}: start with resume=none")
         return cls(
             step=int(value["step"]),
-            text_steps=int(value["text_steps"]),
+            text_steps=float(value["text_steps"]),
             target_sum=float(value["text_target_sum"]),
             streams={modality: StreamCursor.from_json(stream) for modality, stream in value["streams"].items()},
         )

@@ -10,6 +10,7 @@ SampleErrorKind = Literal[
     "image_missing",
     "image_count",
     "too_long",
+    "too_many_tiles",
     "bad_json",
     "bad_conversation",
     "too_large",
@@ -18,9 +19,10 @@ SampleErrorKind = Literal[
     "plan_mismatch",
 ]
 """image_broken: bytes that do not decode. image_bomb: more pixels than allowed. image_missing: named and not there. image_count: image tags
-and images disagree. too_long: more tokens than a sequence holds. bad_json: not a sample. bad_conversation: roles or turns that the template
-does not allow. too_large: a member of gigabytes. unreadable: bytes of the shard that cannot be read. changed: bytes that are not those that
-were indexed. plan_mismatch: tokens or tiles that are not what the index says."""
+and images disagree. too_long: more tokens than a sequence holds. too_many_tiles: more tiles than a sequence may hold. bad_json: not a
+sample. bad_conversation: roles or turns that the template does not allow. too_large: a member of gigabytes. unreadable: bytes of the shard
+that cannot be read. changed: bytes that are not those that were indexed. plan_mismatch: tokens or tiles that are not what the index
+says."""
 
 
 class SampleError(ValueError):

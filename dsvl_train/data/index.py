@@ -200,12 +200,15 @@ class ShardIndex:
             raise SampleError("changed", f"{self.where(sample)}: its bytes changed since it was indexed, and the shard's time did not")
         return members[0], members[1:]
 
-    def unfit(self, seq_len: int, *, images: bool) -> Ints:
-        """Numbers of the samples of more than `seq_len` tokens and, unless `images`, of those with images; one pass, in pieces."""
+    def unfit(self, seq_len: int, *, images: bool, max_tiles: int | None = None) -> Ints:
+        """Numbers of the samples of more than `seq_len` tokens or `max_tiles` tiles and, unless `images`, of those with images; one pass,
+        in pieces."""
         found = [np.empty(0, dtype=np.int64)]
         for start in range(0, len(self), _CHUNK):
             end = min(start + _CHUNK, len(self))
             unfit_n = self.tokens_n[start:end] > seq_len
+            if max_tiles is not None:
+                unfit_n |= self.tiles_n[start:end] > max_tiles
             if not images:
                 unfit_n |= np.diff(self.first_member_n[start : end + 1]) > 1
             found.append(np.flatnonzero(unfit_n) + start)

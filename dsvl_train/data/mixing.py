@@ -1,4 +1,4 @@
-"""Mixing: which modality a step has, and which source the next sample comes from. Pure functions.
+"""Mixing: how much of a step is text, and which source the next sample comes from. Pure functions.
 
 Both are decided by error diffusion: each choice adds what was wanted to a running error and takes what is most owed, so the realised
 shares track the wanted ones from the first step on, without luck. Source weights count **samples** within a modality (not tokens): a
@@ -20,7 +20,7 @@ Shape = Literal["linear", "cosine", "step"]
 
 @dataclass(frozen=True)
 class TextShareSchedule:
-    """The modality warm-up (VL §3.2.2): the wanted share of text steps, from `start` to `target`."""
+    """The modality warm-up (VL §3.2.2): the wanted share of text, from `start` to `target`."""
 
     start: float
     target: float
@@ -71,17 +71,18 @@ def text_share_schedule(cfg: DataConfig) -> TextShareSchedule:
     return TextShareSchedule(cfg.text_ratio_start, cfg.text_ratio, cfg.text_warmup_steps, cfg.text_warmup_shape)
 
 
-def choose_modality(target_sum: float, text_steps: int) -> Modality:
-    """The modality of a step by error diffusion.
+def count_text(target_sum: float, text_done: float, parts: int) -> int:
+    """How many parts of a step are text, by error diffusion.
 
     Args:
         target_sum: sum of the wanted shares of all steps up to and **including** this one.
-        text_steps: text steps before this one.
+        text_done: sum of the text shares of the steps before this one.
+        parts: 1 where a step has one modality; the sequences of the global batch where it mixes them (data.modality_grouping=false).
 
-    With this rule |text steps - target_sum| <= 1/2 after every step: the error is in [-1/2, 1/2) before, a share in [0, 1] is added, and
-    one is taken away if the result reaches 1/2.
+    With this rule |text_done - target_sum| <= 1 / (2 * parts) after every step: counted in parts, the error is in [-1/2, 1/2) before, a
+    number in [0, parts] is added, and as many whole parts are taken away as bring the result back.
     """
-    return "text" if target_sum - text_steps >= 0.5 else "multimodal"
+    return min(max(math.floor((target_sum - text_done) * parts + 0.5), 0), parts)
 
 
 def normalised_weights(sources: Mapping[str, SourceConfig], modality: Modality) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Packing: which samples share a sequence. Pure functions: lengths in, lists of positions out.
 
-A pack is a list of samples laid end to end, at most `capacity` tokens; a sample is never split. Packing looks over a window much wider
+A pack is a list of samples laid end to end, at most `capacity` tokens and, where that is asked for, `max_tiles` tiles; a sample is never
+split. Packing looks over a window much wider
 than a global batch, because best fit within one batch wastes what a wider choice would fill (arrival order fills about 78 %).
 
 Packs that a window leaves badly filled stay open: the next window goes on filling them. A pack that stayed open through a whole window
@@ -34,38 +35,58 @@ class PackedWindow:
     """Packs to be filled further by the next window."""
 
 
-def pack_best_fit(lengths: Sequence[int], capacity: int, started: Sequence[Sequence[int]] = ()) -> list[list[int]]:
-    """Best fit decreasing: longest sample first, each into the fullest pack that still takes it.
+def pack_best_fit(
+    lengths: Sequence[int],
+    capacity: int,
+    started: Sequence[Sequence[int]] = (),
+    *,
+    tiles: Sequence[int] = (),
+    max_tiles: int | None = None,
+) -> list[list[int]]:
+    """Best fit decreasing: largest sample first, each into the fullest pack that still takes it.
 
     `started` are packs (positions in `lengths`) to go on filling; they come first in the result, in their order. Ties go to the earlier
-    sample and the earlier pack, so equal input gives equal output. O(n log n) comparisons.
+    sample and the earlier pack, so equal input gives equal output. O(n log n) comparisons, unless `max_tiles` closes many packs early.
+
+    Args:
+        tiles, max_tiles: of each sample, and of a pack at most. A sample is then as large as the larger of its shares of the two limits;
+            None = tiles don't count.
 
     Raises:
-        ValueError: a length below 1 or above the capacity, or a started pack that is already over it.
+        ValueError: a length below 1 or above the capacity, tiles above `max_tiles`, or a started pack that is already over a limit.
     """
+    tile, most = ([0] * len(lengths), 1) if max_tiles is None else (tiles, max_tiles)
     packs = [list(pack) for pack in started]
     placed = {position for pack in packs for position in pack}
-    for position, length in enumerate(lengths):
+    for position, (length, of_sample) in enumerate(zip(lengths, tile, strict=True)):
         if not 1 <= length <= capacity:
             raise ValueError(f"sample {position} has {length} tokens; a pack takes 1 to {capacity} (data.seq_len)")
+        if of_sample > most:
+            raise ValueError(f"sample {position} has {of_sample} tiles; a pack takes {most} (data.max_tiles_per_sequence)")
     room: list[tuple[int, int]] = []  # (free tokens, pack), sorted
+    free_tiles: list[int] = []
     for number, pack in enumerate(packs):
         free = capacity - sum(lengths[position] for position in pack)
+        free_tiles.append(most - sum(tile[position] for position in pack))
         if free < 0:
             raise ValueError(f"a started pack holds {capacity - free} tokens; its capacity is {capacity}")
+        if free_tiles[number] < 0:
+            raise ValueError(f"a started pack holds {most - free_tiles[number]} tiles; it takes {most}")
         insort(room, (free, number))
-    todo = sorted(
-        (position for position in range(len(lengths)) if position not in placed), key=lambda position: (-lengths[position], position)
-    )
-    for position in todo:
-        length = lengths[position]
+    size = [max(length * most, of_sample * capacity) for length, of_sample in zip(lengths, tile, strict=True)]
+    for position in sorted((position for position in range(len(lengths)) if position not in placed), key=lambda at: (-size[at], at)):
+        length, of_sample = lengths[position], tile[position]
         at = bisect_left(room, (length, -1))
+        while at < len(room) and free_tiles[room[at][1]] < of_sample:
+            at += 1
         if at == len(room):
             packs.append([position])
+            free_tiles.append(most - of_sample)
             insort(room, (capacity - length, len(packs) - 1))
         else:
             free, number = room.pop(at)
             packs[number].append(position)
+            free_tiles[number] -= of_sample
             insort(room, (free - length, number))
     return packs
 
@@ -158,16 +179,24 @@ def pack_window(
     capacity: int,
     started: Sequence[Sequence[int]] = (),
     *,
+    tiles: Sequence[int] = (),
+    max_tiles: int | None = None,
     good_fill: float = GOOD_FILL,
     max_open: int = MAX_OPEN,
 ) -> PackedWindow:
     """Pack one window, by the better of two ways, and decide which packs stay open for the next.
 
-    Of the packs filled below `good_fill`, the emptiest `max_open` stay open, unless they were open before and received nothing now.
+    Where these would put more than `max_tiles` tiles into a pack, a third way packs that counts them.
+    Of the packs filled below `good_fill`, the emptiest `max_open` stay open, unless they were open before and received nothing now; a pack
+    that is full of tiles is full.
     """
     packs = min(pack_tightly(lengths, capacity, started), pack_best_fit(lengths, capacity, started), key=len)
+    if max_tiles is not None and any(sum(tiles[position] for position in pack) > max_tiles for pack in packs):
+        packs = pack_best_fit(lengths, capacity, started, tiles=tiles, max_tiles=max_tiles)
     sizes_before = [len(pack) for pack in started]
     fill = [sum(lengths[position] for position in pack) / capacity for pack in packs]
+    if max_tiles is not None:
+        fill = [max(share, sum(tiles[position] for position in pack) / max_tiles) for share, pack in zip(fill, packs, strict=True)]
     may_stay = [
         number
         for number, pack in enumerate(packs)

@@ -3,6 +3,9 @@
     sources' lengths -> one shuffled stream of samples per modality (epochs, weights) -> windows, packed -> packs in a shuffled order
     step -> its modality (error diffusion) -> the next batch_size packs of that modality -> ranks and micro-batches, balanced
 
+Without data.modality_grouping a step takes packs of both modalities, as many of each as the schedule says; each pack is still of one
+modality and comes from the same streams, so that the two ways see the same packs and differ in nothing but the grouping (VL §4.4).
+
 `Planner.plan` is a function of (sources, settings, seed, cursor). Nothing in it knows data-parallel size, workers or what was read; only
 `assign` distributes a finished global batch over ranks. So runs on any layout see the same global batches, and a resume only needs the
 cursor (`cursor.py`).
@@ -24,7 +27,7 @@ from numpy.typing import NDArray
 from dsvl_train.config.schema import DataConfig
 from dsvl_train.data.batch import Modality
 from dsvl_train.data.cursor import Cursor, Draw, StreamCursor
-from dsvl_train.data.mixing import choose_modality, draw_sources, normalised_weights, text_share_schedule
+from dsvl_train.data.mixing import count_text, draw_sources, normalised_weights, text_share_schedule
 from dsvl_train.data.order import EpochOrder, Ints, name_key, seeded_permutation
 from dsvl_train.data.packing import pack_window, spread_poor
 
@@ -86,9 +89,10 @@ class GlobalBatchPlan:
 
     step: int
     modality: Modality
+    """text: text packs alone. multimodal: some or all packs are multimodal."""
     packs: tuple[Pack, ...]
     text_share: float
-    """Realised share of text steps, this one included."""
+    """Realised share of text sequences, this step's included; with modality grouping that is the share of text steps."""
     text_share_target: float
     """Mean of the schedule up to and including this step."""
     text_ratio: float
@@ -125,7 +129,7 @@ class Planner:
         self.weights = {modality: normalised_weights(cfg.sources, modality) for modality in MODALITIES}
         for source in self.sources:
             if int(np.sum(source.shard_sizes)) == 0 and cfg.sources[source.name].weight > 0:
-                raise ValueError(f"data.sources.{source.name} holds no usable sample (data.seq_len={cfg.seq_len})")
+                raise ValueError(f"data.sources.{source.name} holds no usable sample ({_limits(cfg)})")
         self.orders = [EpochOrder(source.shard_sizes, self.seed, source.name) for source in self.sources]
         self._windows: dict[Modality, tuple[StreamCursor, _Window]] = {}
 
@@ -134,20 +138,27 @@ class Planner:
         step = cursor.step + 1
         ratio = self.schedule.at(step)
         target_sum = cursor.target_sum + ratio
-        modality = choose_modality(target_sum, cursor.text_steps)
-        text_steps = cursor.text_steps + (modality == "text")
-        stream = cursor.streams.get(modality) or StreamCursor.fresh(tuple(self.weights[modality]))
-        packs, stream = self._take(modality, stream, self.cfg.batch_size)
+        batch_size = self.cfg.batch_size
+        parts = 1 if self.cfg.modality_grouping else batch_size
+        text = count_text(target_sum, cursor.text_steps, parts) * (batch_size // parts)
+        text_steps = cursor.text_steps + text / batch_size
+        packs: list[Pack] = []
+        streams = dict(cursor.streams)
+        for modality, count in zip(MODALITIES, (text, batch_size - text), strict=True):
+            if count:
+                stream = streams.get(modality) or StreamCursor.fresh(tuple(self.weights[modality]))
+                taken, streams[modality] = self._take(modality, stream, count)
+                packs += taken
         plan = GlobalBatchPlan(
             step=step,
-            modality=modality,
-            packs=packs,
+            modality="text" if text == batch_size else "multimodal",
+            packs=tuple(packs),
             text_share=text_steps / step,
             text_share_target=target_sum / step,
             text_ratio=ratio,
             fill=sum(pack.tokens for pack in packs) / (len(packs) * self.cfg.seq_len) if self.cfg.packing else 1.0,
         )
-        return plan, Cursor(step, text_steps, target_sum, {**cursor.streams, modality: stream})
+        return plan, Cursor(step, text_steps, target_sum, streams)
 
     # ------------------------------------------------------------------------------------------------------------- state
 
@@ -158,6 +169,7 @@ class Planner:
             "plan": {
                 "seed": self.seed,
                 "seq_len": self.cfg.seq_len,
+                "max_tiles_per_sequence": self.cfg.max_tiles_per_sequence,
                 "packing": self.cfg.packing,
                 "window": self.cfg.window,
                 "weights": {modality: dict(weights) for modality, weights in self.weights.items()},
@@ -166,20 +178,26 @@ class Planner:
         }
 
     def restore(self, state: Mapping[str, Any]) -> Cursor:
-        """The cursor of a state. Batch size, schedule, layout and workers may have changed freely.
+        """The cursor of a state. Batch size, schedule, modality grouping, layout and workers may have changed freely.
 
-        When weights, window or packing changed, or sources were added, the next step follows the new settings already: what was drawn by
-        the old ones and not used goes back to its source, to come first when that is drawn again, so no sample is lost or repeated.
+        When weights, window, packing or the order of the sources changed, or some were added, the next step follows the new settings
+        already: what was drawn by the old ones and not used goes back to its source, to come first when that is drawn again, so no sample
+        is lost or repeated.
 
         Raises:
-            ValueError: seed, seq_len or the data behind a source changed: the same numbers would mean other samples.
+            ValueError: seed, seq_len, max_tiles_per_sequence or a source's data changed: the same numbers would mean other samples.
         """
         cursor = Cursor.from_json(dict(state))
         then = state["plan"]
-        for setting, name, now in (("seed", "run.seed", self.seed), ("seq_len", "data.seq_len", self.cfg.seq_len)):
-            if then[setting] != now:
+        for name, now in (
+            ("run.seed", self.seed),
+            ("data.seq_len", self.cfg.seq_len),
+            ("data.max_tiles_per_sequence", self.cfg.max_tiles_per_sequence),
+        ):
+            before = then.get(name.partition(".")[2])
+            if before != now:
                 raise ValueError(
-                    f"{name}={now}, but the checkpoint's data order was made with {then[setting]}: set it back, or resume=none"
+                    f"{name}={_shown(now)}, but the checkpoint's data order was made with {_shown(before)}: set it back, or resume=none"
                 )
         for name, identity in then["identity"].items():
             if name not in self.number:
@@ -191,13 +209,17 @@ class Planner:
                 raise ValueError(
                     f"the data of data.sources.{name} changed since the checkpoint: its place in it is lost; put it back, or resume=none"
                 )
-        unchanged = then["packing"] == self.cfg.packing and then["window"] == self.cfg.window and then["weights"] == self.weights
+        unchanged = (
+            then["packing"] == self.cfg.packing
+            and then["window"] == self.cfg.window
+            and then["weights"] == self.weights
+            and all(tuple(self.weights[of]) == stream.names for of in MODALITIES if (stream := cursor.streams.get(of)))
+        )
         return cursor if unchanged else replace(cursor, streams=self._carry_over(cursor.streams, then))
 
     def _carry_over(self, streams: Mapping[str, StreamCursor], then: Mapping[str, Any]) -> dict[str, StreamCursor]:
         """Streams that go on under new settings, with what is left of the old ones' windows given back to the sources."""
         old = Planner(self.sources, replace(self.cfg, packing=then["packing"], window=then["window"]), self.seed)
-        old.weights = {modality: dict(then["weights"][modality]) for modality in MODALITIES}
         moved: dict[str, StreamCursor] = {}
         for modality in MODALITIES:
             stream, names = streams.get(modality), tuple(self.weights[modality])
@@ -205,6 +227,7 @@ class Planner:
                 continue
             if missing := [name for name in stream.names if name not in names]:
                 raise ValueError(f"data.sources.{missing[0]} had modality {modality} in the checkpoint: set it back, or resume=none")
+            old.weights[modality] = {name: then["weights"][modality][name] for name in stream.names}
             window = old._window(modality, stream)
             returned: dict[str, list[int]] = {name: [] for name in names}
             for name, ordinals in zip(stream.names, window.following.returned, strict=False):
@@ -224,7 +247,7 @@ class Planner:
 
     # ----------------------------------------------------------------------------------------------------------- streams
 
-    def _take(self, modality: Modality, stream: StreamCursor, count: int) -> tuple[tuple[Pack, ...], StreamCursor]:
+    def _take(self, modality: Modality, stream: StreamCursor, count: int) -> tuple[list[Pack], StreamCursor]:
         """The next `count` packs of a stream."""
         taken: list[Pack] = []
         while len(taken) < count:
@@ -233,7 +256,7 @@ class Planner:
             taken += [Pack(tuple(window.refs[draw] for draw in pack)) for pack in draws]
             used = stream.offset + len(draws)
             stream = replace(stream, offset=used) if used < len(window.packs) else window.following
-        return tuple(taken), stream
+        return taken, stream
 
     def _window(self, modality: Modality, stream: StreamCursor) -> _Window:
         """The window that a stream stands in; the last one of each modality is remembered."""
@@ -261,7 +284,8 @@ class Planner:
         if self.cfg.packing:
             places = iter(range(carried))
             started = [[next(places) for _ in pack] for pack in start.started]
-            packed = pack_window([ref.tokens for ref in refs], self.cfg.seq_len, started)
+            lengths, tiles = [ref.tokens for ref in refs], [ref.tiles for ref in refs]
+            packed = pack_window(lengths, self.cfg.seq_len, started, tiles=tiles, max_tiles=self.cfg.max_tiles_per_sequence)
             shuffle = seeded_permutation(len(packed.closed), self.seed, name_key(modality), start.window)
             fill = [sum(refs[place].tokens for place in pack) / self.cfg.seq_len for pack in packed.closed]
             packs = [tuple(draws[place] for place in packed.closed[at]) for at in spread_poor(shuffle.tolist(), fill)]
@@ -284,6 +308,16 @@ class Planner:
             for place, (epoch, sample), length, tile in zip(places, found, lengths.tolist(), tiles.tolist(), strict=True):
                 refs[place] = SampleRef(number, epoch, sample, length, tile)
         return [ref for ref in refs if ref is not None]
+
+
+def _limits(cfg: DataConfig) -> str:
+    tiles = cfg.max_tiles_per_sequence
+    return f"data.seq_len={cfg.seq_len}" + (f", data.max_tiles_per_sequence={tiles}" if tiles is not None else "")
+
+
+def _shown(value: int | None) -> str:
+    """As a setting says it."""
+    return "null" if value is None else str(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ranks

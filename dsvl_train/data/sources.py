@@ -111,9 +111,18 @@ class ShardSource:
 
     kind = "shards"
 
-    def __init__(self, name: str, modality: Modality, index: ShardIndex, processor: Processor, reader: ShardReader, seq_len: int) -> None:
-        """Samples that no sequence can hold, and samples with images in a text source, are skipped and listed."""
-        self.name, self.modality, self.seq_len = name, modality, seq_len
+    def __init__(
+        self,
+        name: str,
+        modality: Modality,
+        index: ShardIndex,
+        processor: Processor,
+        reader: ShardReader,
+        seq_len: int,
+        max_tiles: int | None = None,
+    ) -> None:
+        """Samples over `seq_len` tokens or `max_tiles` tiles, and samples with images in a text source, are skipped and listed."""
+        self.name, self.modality, self.seq_len, self.max_tiles = name, modality, seq_len, max_tiles
         self.index, self.processor, self.reader = index, processor, reader
         self.damaged_shards = [
             f"{damage.shard}: damaged at byte {damage.offset} ({damage.reason}), in {damage.places} places; {damage.samples} samples found"
@@ -121,7 +130,7 @@ class ShardSource:
         ]
         self.shards = len(index.shards)
         # The few that are left out are kept, not the many that are not: an index may hold more samples than memory holds numbers.
-        self._unfit = index.unfit(seq_len, images=modality != "text")
+        self._unfit = index.unfit(seq_len, images=modality != "text", max_tiles=max_tiles)
         self._usable_before = self._unfit - np.arange(len(self._unfit))
         self.skipped: Sequence[SkippedSample] = _Skipped(self)
         unfit_s = np.bincount(index.shard_n[self._unfit], minlength=self.shards)
@@ -197,6 +206,8 @@ class _Skipped(Sequence[SkippedSample]):
         tokens = int(index.tokens_n[sample])
         if tokens > source.seq_len:
             kind, reason = "too_long", f"{tokens} tokens; data.seq_len={source.seq_len}"
+        elif source.modality != "text":
+            kind, reason = "too_many_tiles", f"{int(index.tiles_n[sample])} tiles; data.max_tiles_per_sequence={source.max_tiles}"
         else:
             kind, reason = "image_in_text", f"it has images, but data.sources.{source.name}.modality is text"
         return SkippedSample(kind, index.shard(sample), index.key(sample), reason)
@@ -292,7 +303,7 @@ def open_sources(cfg: DataConfig, processor: Processor, *, build_index: bool = T
                 index_dir=cfg.index_dir,
                 remote=remote,
             )
-            sources.append(ShardSource(name, source.modality, index, processor, reader, cfg.seq_len))
+            sources.append(ShardSource(name, source.modality, index, processor, reader, cfg.seq_len, cfg.max_tiles_per_sequence))
     return sources
 
 

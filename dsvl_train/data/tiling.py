@@ -1,10 +1,10 @@
 """From image files to uint8 tiles.
 
-Two ways, `Decode`: "exact" is Pillow alone, bit for bit the released processors' pixels before normalisation. "fast" decodes JPEGs with
-libjpeg-turbo straight into an array and resizes with torch's 8-bit kernel; no value is more than 2 of 255 off. Why 2: both make the same
-two passes with the same weights and an 8-bit image between them, but keep 22 (Pillow) and about 15 bits (torch) of a weight, so after one
-pass values differ by 1 at most. The second pass multiplies that by the absolute sum of bicubic weights, 1.25 at most, and rounds. The
-order of the passes has to be Pillow's own, see `_vertical_first`.
+Two ways, `Decode`. "exact" is bit for bit the released processors' pixels before normalisation, which are Pillow's; `jpeg.py` and
+`bicubic.py` make the same faster. "fast" resizes with torch's 8-bit kernel; no value is more than 2 of 255 off. Why 2: both make the
+same two passes with the same weights and an 8-bit image between them, but keep 22 (Pillow) and about 15 bits (torch) of a weight, so
+after one pass values differ by 1 at most. The second pass multiplies that by the absolute sum of bicubic weights, 1.27 at most, and
+rounds. The order of the passes has to be Pillow's own, see `bicubic.vertical_first`.
 
 Normalisation is left to the vision tower: uint8 is a quarter of the bytes to move, and exact. Sizes are (width, height);
 `pixels_nchw` is [tiles, 3, side, side], `rgb_hwc` [height, width, 3].
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -29,6 +28,8 @@ from torch.nn import functional
 
 from dsvl_train.config.geometry import vl_resized_size
 
+from . import jpeg
+from .bicubic import LARGEST_SIDE, SWITCH, PackedImage, vertical_first
 from .errors import SampleError
 
 ImageSource = Image.Image | bytes | str | Path
@@ -134,14 +135,26 @@ def decode_array(opened: OpenedImage) -> Pixels:
     Raises:
         SampleError: as `decode_rgb`.
     """
-    if opened.content is not None and opened.image.format in ("JPEG", "MPO") and opened.image.mode in ("RGB", "L"):
-        try:
-            rgb_hwc: Pixels = simplejpeg.decode_jpeg(opened.content, "RGB", strict=True)
-        except ValueError:
-            return np.array(decode_rgb(opened))
-        _check_decoded((rgb_hwc.shape[1], rgb_hwc.shape[0]), opened.size)
-        return rgb_hwc
+    if opened.content is not None and jpeg.kind_of(opened.image) is not None:
+        rgb_hwc = jpeg.decode(opened.content, "RGB")
+        if rgb_hwc is not None:
+            _check_decoded((rgb_hwc.shape[1], rgb_hwc.shape[0]), opened.size)
+            return rgb_hwc
     return np.array(decode_rgb(opened))
+
+
+def decode_packed(opened: OpenedImage) -> PackedImage:
+    """The same pixels as `decode_rgb`; JPEGs skip Pillow if they are of a kind for which both decoders were found to agree bit for bit.
+
+    Raises:
+        SampleError: as `decode_rgb`.
+    """
+    if opened.content is not None and (kind := jpeg.kind_of(opened.image)) is not None and kind in jpeg.kinds_decoded_alike():
+        rgbx_hwc = jpeg.decode(opened.content, "RGBX")
+        if rgbx_hwc is not None:
+            _check_decoded((rgbx_hwc.shape[1], rgbx_hwc.shape[0]), opened.size)
+            return PackedImage(rgbx_hwc.view(np.int32)[..., 0])
+    return PackedImage.from_pillow(decode_rgb(opened))
 
 
 def _check_decoded(found_wh: tuple[int, int], header_wh: tuple[int, int]) -> None:
@@ -185,13 +198,19 @@ def fill_vl_square(
     _paste(planes, left, top, colour, pixels_chw)
 
 
-def _decoded(opened: OpenedImage, decode: Decode) -> Image.Image | Pixels:
-    return decode_rgb(opened) if decode == "exact" else decode_array(opened)
+Source = Image.Image | PackedImage | Pixels
+"""A decoded image, as what resizes it takes it: Pillow's or packed for "exact", an array [height, width, 3] for "fast"."""
 
 
-def _write_view(
-    source: Image.Image | Pixels, tiles_wh: tuple[int, int], side: int, colour: tuple[int, int, int], pixels_nchw: Pixels
-) -> None:
+def _decoded(opened: OpenedImage, decode: Decode) -> Source:
+    if decode == "fast":
+        return decode_array(opened)
+    if SWITCH.kernels_serve() and max(opened.size) <= LARGEST_SIDE:
+        return decode_packed(opened)
+    return decode_rgb(opened)
+
+
+def _write_view(source: Source, tiles_wh: tuple[int, int], side: int, colour: tuple[int, int, int], pixels_nchw: Pixels) -> None:
     """Resize to a canvas of wide x high tiles and cut them, row by row."""
     wide, high = tiles_wh
     canvas_wh = (wide * side, high * side)
@@ -215,50 +234,34 @@ def contained_size(image_wh: tuple[int, int], canvas_wh: tuple[int, int]) -> tup
     return canvas_wh
 
 
-def _size(source: Image.Image | Pixels) -> tuple[int, int]:
-    return source.size if isinstance(source, Image.Image) else (source.shape[1], source.shape[0])
+def _size(source: Source) -> tuple[int, int]:
+    return (source.shape[1], source.shape[0]) if isinstance(source, np.ndarray) else source.size
 
 
-def _resize(source: Image.Image | Pixels, size_wh: tuple[int, int]) -> list[Pixels]:
+def _resize(source: Source, size_wh: tuple[int, int]) -> list[Pixels]:
     """Red, green and blue, each [height, width], resized bicubically with anti-aliasing. By planes, since a tile's rows are then
     contiguous: 5 times faster than transposing interleaved RGB."""
     source_wh = _size(source)
     if min(size_wh) < 1:  # an image so thin that nothing is left of it
         return [np.empty(size_wh[::-1], dtype=np.uint8)] * 3
+    if isinstance(source, PackedImage):
+        return list(source.resize(size_wh))
     if isinstance(source, np.ndarray):
         rgb_nchw = torch.from_numpy(source).permute(2, 0, 1)[None]
-        if _vertical_first(source_wh, size_wh):
+        if vertical_first(source_wh, size_wh):
             rgb_nchw = _resize_torch(rgb_nchw, (source_wh[0], size_wh[1]))
         return list(_resize_torch(rgb_nchw, size_wh)[0].numpy())
     try:
-        resized = source if source_wh == size_wh else source.resize(size_wh, Image.Resampling.BICUBIC)
+        with SWITCH.pillow_resizes():
+            resized = source if source_wh == size_wh else source.resize(size_wh, Image.Resampling.BICUBIC)
     except (ValueError, OSError) as error:
         raise SampleError("image_broken", f"image of {source_wh} cannot be resized to {size_wh}: {error}") from error
-    return [np.frombuffer(band.tobytes(), dtype=np.uint8).reshape(band.height, band.width) for band in resized.split()]
+    return [np.frombuffer(resized.tobytes("raw", band), dtype=np.uint8).reshape(size_wh[::-1]) for band in "RGB"]
 
 
 def _resize_torch(rgb_nchw: Tensor, size_wh: tuple[int, int]) -> Tensor:
     """Horizontal pass, then vertical, each where it changes something."""
     return functional.interpolate(rgb_nchw, size=size_wh[::-1], mode="bicubic", antialias=True, align_corners=False)
-
-
-def _vertical_first(source_wh: tuple[int, int], size_wh: tuple[int, int]) -> bool:
-    """Whether the installed Pillow makes the vertical pass of a resize first.
-
-    The order shows: bicubic weights overshoot beside edges, and what is clipped between the passes differs. Pillow made the horizontal pass
-    first always; version 13 makes the vertical one first where the height shrinks by more than twice the pixels that the width does.
-    """
-    (width, height), (new_width, new_height) = source_wh, size_wh
-    return _pillow_chooses_order() and height - new_height > max(2 * (width - new_width), 0)
-
-
-@cache
-def _pillow_chooses_order() -> bool:
-    """Asks Pillow: in an image that version 13 begins vertically, is the result the horizontal-first one?"""
-    noise = np.random.default_rng(0).integers(0, 2, (32, 8, 3), dtype=np.uint8) * 255
-    image = Image.fromarray(noise)
-    horizontal_first = image.resize((7, 32), Image.Resampling.BICUBIC).resize((7, 8), Image.Resampling.BICUBIC)
-    return image.resize((7, 8), Image.Resampling.BICUBIC).tobytes() != horizontal_first.tobytes()
 
 
 def _paste(planes: Iterable[Pixels], left: int, top: int, colour: tuple[int, int, int], tile_chw: Pixels) -> None:

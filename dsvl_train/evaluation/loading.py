@@ -28,8 +28,11 @@ class LoadedModel:
     processor: Processor
 
 
-def load_model(path: str | Path, world: World) -> LoadedModel:
+def load_model(path: str | Path, world: World, *, max_tiles: int | None = None) -> LoadedModel:
     """Load a checkpoint folder, a run folder's latest checkpoint, or a model folder in a released format.
+
+    Args:
+        max_tiles: VL2: local tiles of an image at most, in place of what the model was trained with.
 
     Raises:
         ValueError: no model there, or it does not hold what its configuration says; names the tensor.
@@ -47,4 +50,4 @@ def load_model(path: str | Path, world: World) -> LoadedModel:
         native.load_weights(folder, model)
     for chunk in model.chunks.values():
         chunk.eval()
-    return LoadedModel(cfg, world, model, load_processor(path))
+    return LoadedModel(cfg, world, model, load_processor(path, max_tiles=max_tiles))

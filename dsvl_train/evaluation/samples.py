@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dsvl_train.checkpoints import folders
 from dsvl_train.config.compose import load_run_config
 from dsvl_train.data.conversation import ROLES
 from dsvl_train.data.errors import SampleError
 from dsvl_train.data.processor import Encoded, Processor
-from dsvl_train.interop import folders, processors
+from dsvl_train.interop import processors
 from dsvl_train.interop.formats import transformers_vl
 from dsvl_train.interop.formats.json_file import JsonConfig
 from dsvl_train.interop.released import read_model
@@ -47,6 +48,16 @@ def read_samples(path: str | Path) -> list[FileSample]:
         ValueError: the file is not that; names file and sample index (from 0).
         FileNotFoundError: no such file.
     """
+    return [parse_sample(record, Path(path), where) for where, record in read_records(path)]
+
+
+def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """Objects of a JSON list, or of JSON lines, each with its place for messages.
+
+    Raises:
+        ValueError: the file is not that, or holds nothing; names file and sample index (from 0).
+        FileNotFoundError: no such file.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file of samples")
@@ -56,7 +67,11 @@ def read_samples(path: str | Path) -> list[FileSample]:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if not records:
         raise ValueError(f"{path} holds no sample")
-    return [_sample(record, path, index) for index, record in enumerate(records)]
+    placed = [(f"{path}: sample {index}", record) for index, record in enumerate(records)]
+    for where, record in placed:
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is a {type(record).__name__}; expected an object")
+    return placed
 
 
 def as_prompt(sample: FileSample) -> FileSample:
@@ -85,29 +100,36 @@ def encode_sample(processor: Processor, sample: FileSample, *, inference: bool |
         raise ValueError(f"{sample.where}: {error}") from error
 
 
-def load_processor(path: str | Path, *, mask_prompt: bool = True) -> Processor:
+def load_processor(path: str | Path, *, mask_prompt: bool = True, max_tiles: int | None = None) -> Processor:
     """The processor of a model folder: a released format's or transformers' (no weights needed), a checkpoint of ours, or a run folder.
 
-    A checkpoint tiles as its run did, a released folder as it says itself. `mask_prompt` is ours to choose: the released VL2 folders say
-    false, which would supervise the questions too.
+    A checkpoint tiles as its run did, a released folder as it says itself, unless `max_tiles` says otherwise (VL2 evaluates images of
+    extreme aspect ratios with 18). `mask_prompt` is ours to choose: the released VL2 folders say false, which would supervise the questions
+    too.
 
     Raises:
-        ValueError, FileNotFoundError: no such folder, or a file or key is missing; names it.
+        ValueError, FileNotFoundError: no such folder, or a file or key is missing; names it. Or `max_tiles` for a model without tiles.
     """
-    path = Path(path)
+    processor = _load_processor(Path(path), mask_prompt, max_tiles)
+    if max_tiles is not None and processor.family == "vl":
+        raise ValueError(f"--max-tiles {max_tiles}: {path} is of the VL family, which makes one square of an image; leave the option out")
+    return processor
+
+
+def _load_processor(path: Path, mask_prompt: bool, max_tiles: int | None) -> Processor:
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
     if any((path / name).is_file() for name in ("config.json", "processor_config.json")):  # ours lie a folder deeper
         if _model_type(path) in (transformers_vl.SINGLE, transformers_vl.HYBRID):
             return _processor_of_transformers(path, mask_prompt)
-        return Processor.from_folder(path, mask_prompt=mask_prompt, max_tiles=None)
+        return Processor.from_folder(path, mask_prompt=mask_prompt, max_tiles=max_tiles)
     folder = folders.resolve(path)
     data = load_run_config(folder / folders.CONFIG_FILE).data
     return Processor.from_folder(
         folder / folders.PROCESSOR_FOLDER,
         mask_prompt=mask_prompt,
         tile_selection=data.tile_selection,
-        max_tiles=data.max_tiles,
+        max_tiles=data.max_tiles if max_tiles is None else max_tiles,
         tiling_image_limit=data.tiling_image_limit,
         max_image_pixels=data.max_image_pixels,
     )
@@ -145,10 +167,12 @@ def _records(path: Path) -> Iterator[Any]:
         index += 1
 
 
-def _sample(record: Any, path: Path, index: int) -> FileSample:
-    where = f"{path}: sample {index}"
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a {type(record).__name__}; expected an object with `messages` and `images`")
+def parse_sample(record: Mapping[str, Any], path: Path, where: str) -> FileSample:
+    """The conversation and image files of an object.
+
+    Raises:
+        ValueError: a field is missing or wrong, or an image is not a file beside `path`; says `where`.
+    """
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{where}: `messages` must be a list of objects with `role` and `content`, at least one")

@@ -28,7 +28,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from dsvl_train.config.schema import LanguageConfig, ParallelConfig, RecomputeModule, StageConfig
+from dsvl_train.config.schema import LanguageConfig, ParallelConfig, StageConfig
+from dsvl_train.models.costs import recompute_modules
 from dsvl_train.models.layers import PackedAttention, ReplicatedLinear, RMSNorm
 from dsvl_train.models.moe import SampleMoELayer, SampleRouter
 from dsvl_train.parallel.division import Division
@@ -117,18 +118,6 @@ class _CheckpointWithoutOutput(CheckpointWithoutOutput):
     def __init__(self, fp8: bool = False) -> None:
         super().__init__(fp8)
         self.fp8 = fp8
-
-
-def recompute_modules(language: LanguageConfig, parallel: ParallelConfig) -> list[RecomputeModule]:
-    """What selective recomputation runs again: as configured, or whatever surrounds attention in this model's layers."""
-    if parallel.recompute_modules is not None:
-        return list(parallel.recompute_modules)
-    modules: list[RecomputeModule] = ["layernorm", "mlp"]
-    if language.moe is not None:
-        modules.append("moe")
-    if language.mla is not None:
-        modules.append("mla_up_proj")
-    return modules
 
 
 def _recompute_options(language: LanguageConfig, parallel: ParallelConfig) -> dict[str, Any]:

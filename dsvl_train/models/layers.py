@@ -72,7 +72,7 @@ class PackedAttention(nn.Module):
         assert packed_seq_params is not None, "training and scoring always pack"
         cu_seqlens = packed_seq_params.cu_seqlens_q
         width = value_tnd.shape[-1]
-        if width < query_tnd.shape[-1]:  # MLA: kernels that keep no t * t matrix want one width; zero columns add nothing
+        if width < query_tnd.shape[-1]:  # MLA: the kernels want one width; zero columns add nothing
             value_tnd = F.pad(value_tnd, (0, query_tnd.shape[-1] - width))
         if flash_attn_varlen_func is not None and query_tnd.is_cuda and query_tnd.dtype in (torch.float16, torch.bfloat16):
             out_tnd = self._flash(query_tnd, key_tnd, value_tnd, packed_seq_params)
@@ -81,7 +81,7 @@ class PackedAttention(nn.Module):
         return out_tnd[..., :width].flatten(1)
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams) -> Tensor:
-        out: Tensor = flash_attn_varlen_func(
+        return flash_attn_varlen_func(
             q,
             k,
             v,
@@ -92,10 +92,10 @@ class PackedAttention(nn.Module):
             softmax_scale=self.softmax_scale,
             causal=True,
         )
-        return out
 
     def _sample_by_sample(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int]) -> Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, n, t, d]: with three dimensions it is the slow kernel
+        # [1, n, t, d]: without a batch dimension torch keeps all attention probabilities, whose memory grows with the square of the length
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         grouped = q.shape[1] != k.shape[1]
         outs = [
             F.scaled_dot_product_attention(

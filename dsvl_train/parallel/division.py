@@ -12,6 +12,7 @@ the encoder whole beside the embedding on rank 0 and divides the language layers
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,16 @@ class LayerCosts:
     def vision(self) -> float:
         """The whole encoder with its adaptor."""
         return sum(self.siglip) + sum(self.sam) + self.vision_head
+
+    def divided(self, *, vision: float, language: float) -> LayerCosts:
+        """The costs on a rank that does only a part of the encoder's and of the language layers' work."""
+        return LayerCosts(
+            tuple(cost / vision for cost in self.siglip),
+            tuple(cost / vision for cost in self.sam),
+            self.vision_head / vision,
+            tuple(cost / language for cost in self.language),
+            self.language_head / language,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,7 @@ def even_division(costs: LayerCosts, pp: int, vpp: int, kind: VisionDivision) ->
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def plan_division(
     costs: LayerCosts,
     pp: int,

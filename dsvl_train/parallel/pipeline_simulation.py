@@ -100,6 +100,21 @@ def simulate(
     return Timeline(max(clock), tuple(busy))
 
 
+def most_kept(kept: Sequence[float], pp: int, rank: int, micro_batches: int, wanted_group: int | None = None) -> tuple[float, list[int]]:
+    """The most that a rank keeps between forward and backward passes, and how many micro-batches of each chunk that is.
+
+    Args:
+        kept: [chunk], what a micro-batch's forward pass leaves for its backward pass.
+    """
+    now, most, at_most = [0] * len(kept), 0.0, [0] * len(kept)
+    for work in rank_order(pp, len(kept), rank, micro_batches, wanted_group):
+        now[work.chunk] += 1 if work.direction == "forward" else -1
+        total = sum(number * each for number, each in zip(now, kept, strict=True))
+        if total > most or not any(at_most):
+            most, at_most = total, list(now)
+    return most, at_most
+
+
 def _table(chunks: int, micro_batches: int, group: int) -> list[tuple[int, int]]:
     """(chunk, micro-batch) in the order of the forward passes."""
     return [

@@ -125,14 +125,15 @@ def _loss(run: Run) -> Chart:
 
 
 def _text_share(run: Run) -> Chart:
+    steps, realised = run.column("text_share")
     series = [
-        Series("realised", *run.column("text_share"), "c3"),
+        Series("realised", steps, realised, "c3"),
         Series("target", *run.column("text_share_target"), "ink", "dash"),
     ]
     strip = [(float(record["step"]), str(record["modality"])) for record in run.records if record.get("modality") in MODALITIES]
-    if len({modality for _, modality in strip}) < 2:
+    if all(share in (0, 1, None) for share in realised):
         return Chart("", "", [])
-    note = "Strip: the modality of each step."
+    note = "Strip: the modality of each step." if len({modality for _, modality in strip}) > 1 else "Each step mixes both modalities."
     pairs = [
         (record["step"], abs(share - target))
         for record in run.records
@@ -142,7 +143,7 @@ def _text_share(run: Run) -> Chart:
         # The shares are means over the steps so far, so their difference times the step is a number of steps.
         worst = max(step * gap for step, gap in pairs)
         note += f" Never further than {worst:.2f} steps from the target."
-    return Chart("Text share", "share of steps so far", series, note, share=True, strip=strip)
+    return Chart("Text share", "share so far", series, note, share=True, strip=strip)
 
 
 def _learning_rate(run: Run) -> Chart:

@@ -7,6 +7,7 @@ their weights; here each chunk has optimisers of its own, and a text step runs t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +21,11 @@ from torch import Tensor, nn
 
 from dsvl_train.config.schema import OptimConfig
 from dsvl_train.data.batch import Modality
+from dsvl_train.interop.native import Box, box, model_boxes
+from dsvl_train.models.logical import LogicalTensor, logical_tensors
+from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.training.adamw import Bf16MomentsAdamW, zero_state
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state tensors, shaped like their parameter."""
-MAIN = "main"
-"""The fp32 weight that is updated where the model computes in bf16."""
+from dsvl_train.training.engine import MAIN, MOMENTS
 
 
 class ModalityOptimiser:
@@ -143,6 +143,43 @@ class ModalityOptimiser:
                 if steps[_part(name)] and not optimiser.is_stub_optimizer:
                     _create_state(optimiser.optimizer, steps[_part(name)], self.moments_dtype)
 
+    def boxes(self, model: VisionLanguageModel) -> Iterator[tuple[str, Box]]:
+        """Weights, buffers and the optimiser's state of this rank by stored name; every rank goes through all of it.
+
+        The optimiser's tensors are made whole one parameter at a time.
+        """
+        yield from model_boxes(model).items()
+        for parameter, state, tensors in self._states(model):
+            whole = state.whole(parameter)
+            for tensor in tensors:
+                for name, values in whole.items():
+                    yield f"optim.{name}.{tensor.name}", box(tensor, values)
+
+    @contextmanager
+    def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> Iterator[dict[str, Box]]:
+        """A context that gives the boxes to read a checkpoint into; what they then hold becomes the state. Every rank enters it."""
+        self.create_state(updates)
+        boxes = model_boxes(model)
+        read_into: list[tuple[ParameterState, dict[str, Tensor]]] = []
+        for parameter, held, tensors in self._states(model):
+            whole = held.to_read_into(parameter)
+            read_into.append((held, whole))
+            boxes |= {f"optim.{name}.{tensor.name}": box(tensor, values) for tensor in tensors for name, values in whole.items()}
+        yield boxes
+        for held, whole in read_into:
+            held.absorb(whole)
+
+    def _states(self, model: VisionLanguageModel) -> Iterator[tuple[nn.Parameter, ParameterState, list[LogicalTensor]]]:
+        """Each parameter that was stepped, with the logical tensors (several, where gate and up are one) that it stores."""
+        stores: dict[int, tuple[nn.Parameter, list[LogicalTensor]]] = {}
+        for tensor, local in logical_tensors(model):
+            if isinstance(local, nn.Parameter):
+                stores.setdefault(id(local), (local, []))[1].append(tensor)
+        for parameter, tensors in stores.values():
+            state = self.state_of(parameter)
+            if state is not None:
+                yield parameter, state, tensors
+
 
 @dataclass
 class ParameterState:
@@ -169,6 +206,12 @@ class ParameterState:
             dist.all_reduce(flat, group=self.group)
             together[name] = flat.view(parameter.shape)
         return together
+
+    def to_read_into(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Tensors in the parameter's shape for `absorb`: themselves, or where this rank has a share only, new ones in host memory."""
+        if self.group is None:
+            return self.tensors
+        return {name: torch.empty(parameter.shape, dtype=dtype) for name, dtype in self.dtypes.items()}
 
     def absorb(self, whole: Mapping[str, Tensor]) -> None:
         """Take this rank's share out of whole tensors."""

@@ -11,7 +11,7 @@ Shapes: t = tokens of a micro-batch, c = data sources.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from dsvl_train.config.schema import RunConfig
@@ -29,8 +29,8 @@ from dsvl_train.parallel.pipeline import run_pipeline
 from dsvl_train.parallel.startup import World
 from dsvl_train.parallel.tile_exchange import TileRoute
 from dsvl_train.parallel.tile_plan import encoded_tiles, plan_exchanges
+from dsvl_train.training.engine import Chunk, Optimiser
 from dsvl_train.training.guards import UpdateGuard
-from dsvl_train.training.optimiser import ModalityOptimiser
 from dsvl_train.training.rank_table import RankTable
 
 MOST_TILES = 18
@@ -59,8 +59,8 @@ class TrainStep:
         cfg: RunConfig,
         world: World,
         model: VisionLanguageModel,
-        chunks: dict[str, DistributedDataParallel],
-        optimiser: ModalityOptimiser,
+        chunks: Mapping[str, Chunk],
+        optimiser: Optimiser,
         sources: list[str],
         pulse: Callable[[int, str], None] = lambda step, phase: None,
     ) -> None:
@@ -175,7 +175,7 @@ class TrainStep:
         return [TileRoute(exchange, shard) for exchange in exchanges]
 
     def _forward_step(
-        self, micro_batches: Iterator[tuple[MicroBatch, TileRoute | None]], chunk: DistributedDataParallel, supervised_tokens: int
+        self, micro_batches: Iterator[tuple[MicroBatch, TileRoute | None]], chunk: Chunk, supervised_tokens: int
     ) -> tuple[Tensor, Any]:
         """Megatron's schedule calls this once per micro-batch and chunk of the pipeline."""
         micro, route = next(micro_batches)
@@ -183,8 +183,7 @@ class TrainStep:
             return self._encode(micro, route)[:, None], None
         visual_vh = None
         encodes_here = self.model.vision.finishes and not self.model.division.spread and chunk.module.pre_process
-        others_come = route is not None and route.exchange is not None
-        if encodes_here and (micro.tiles or others_come):
+        if encodes_here and self._modality == "multimodal":  # without tiles too: the ranks' encoders keep in step
             visual_vh = self._encode(micro, route)
         labels_t = self._to_device(micro.labels_t)
         out = chunk(
@@ -270,11 +269,11 @@ class TrainStep:
         """Layer -> copy of the bias of the experts' selection, for the layers of this rank that have one."""
         return {layer: router.expert_bias.clone() for layer, router in self.routers.items() if router.expert_bias is not None}
 
-    def _active_chunks(self) -> list[DistributedDataParallel]:
+    def _active_chunks(self) -> list[Chunk]:
         """The chunks that this step trains."""
         return [chunk for name, chunk in self.chunks.items() if self._modality == "multimodal" or name != "vision"]
 
-    def _pipeline_chunks(self) -> list[DistributedDataParallel]:
+    def _pipeline_chunks(self) -> list[Chunk]:
         """The chunks that the schedule calls; where the encoder is not a chunk of its own, the first language chunk calls it."""
         spread = self.model.division.spread
         return [chunk for name, chunk in self.chunks.items() if name != "vision" or (spread and self._modality == "multimodal")]

@@ -43,8 +43,9 @@ def train_one_step(source: str, run_dir: str, parallel: dict[str, int], policy: 
     from dsvl_train.interop.loading import load_any_weights
     from dsvl_train.interop.released import is_released, open_released
     from dsvl_train.models.build import build_model
+    from dsvl_train.models.costs import choose_division
     from dsvl_train.training import checkpoint
-    from dsvl_train.training.setup import build_trainable, choose_division
+    from dsvl_train.training.setup import build_trainable
     from dsvl_train.training.step import TrainStep
 
     cfg.model = open_released(source)[0] if is_released(source) else checkpoint_model(source)
@@ -57,7 +58,7 @@ def train_one_step(source: str, run_dir: str, parallel: dict[str, int], policy: 
     batch = tiny_batch(cfg.model, 1, "multimodal", world.dp_rank, world.dp_size)
     metrics, _ = step(batch, cfg.optim.lr, stop_requested=False)
     state = checkpoint.TrainState(1, {}, optimiser.steps_taken(), 0)
-    checkpoint.save(checkpoint.step_folder(Path(run_dir), 1), cfg, model, optimiser, state)
+    checkpoint.Saver(cfg, world, model, optimiser).save(state, last=True)
     startup.stop()
     return [metrics["loss"], metrics["grad_norm"]]
 

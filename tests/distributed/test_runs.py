@@ -15,13 +15,19 @@ from pathlib import Path
 import pytest
 from made_data import picture
 
+from dsvl_train.checkpoints.durable import FileEntry
+from dsvl_train.checkpoints.folders import find_latest, list_steps
+from dsvl_train.checkpoints.manifest import check
 from dsvl_train.data.shards import ShardWriter
 from dsvl_train.reporting.metrics import read_metrics
+from tests.distributed.harness import small_disk
 from tests.distributed.small_runs import ANSWERS, REPOSITORY, losses, make_data, overrides, start, train
 
+FULL = pytest.mark.full
 PIPELINE = ["parallel.tp=2", "parallel.pp=2"]
 EXPERTS = ["parallel.ep=2", "parallel.tile_balance=true"]
 SHARED_STATE = "parallel.distributed_optimizer=true"
+ZERO1, ZERO2, ZERO3 = (["engine=deepspeed", f"engine.zero_stage={stage}", "engine.zero_keep_whole=1000"] for stage in (1, 2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +87,19 @@ def test_stop_after_and_resume_continue_the_same_loss_curve(data: Path, uninterr
     assert losses(run_dir) == losses(uninterrupted)
 
 
-def test_a_shared_optimiser_in_bf16_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
-    """The fp32 weights and bf16 moments that only one rank each holds come back to it."""
-    half = ["engine.precision=bf16", "optim.moments_dtype=bf16", SHARED_STATE]
+@pytest.mark.parametrize(
+    "shared",
+    [
+        [SHARED_STATE, "optim.moments_dtype=bf16"],
+        ZERO3,
+        pytest.param(ZERO1, marks=FULL),
+        pytest.param([*ZERO2, "engine.offload=optimizer"], marks=FULL),
+    ],
+    ids=["Megatron's", "ZeRO-3", "ZeRO-1", "ZeRO-2 offloaded"],
+)
+def test_a_shared_optimiser_in_bf16_resumes_bit_for_bit(data: Path, tmp_path: Path, shared: list[str]) -> None:
+    """The fp32 weights and the moments that only one rank each holds come back to it."""
+    half = ["engine.precision=bf16", *shared]
     for name, parts in (("straight", [[]]), ("stopped", [["run.stop_after=5"], []])):
         for part in parts:
             done = train(overrides(data, tmp_path / name, *half, *part), ranks=2)
@@ -95,11 +111,7 @@ def test_ctrl_c_under_torchrun_saves_and_the_run_goes_on(data: Path, uninterrupt
     run_dir = tmp_path / "run"
     long = ["run.max_steps=8", "checkpoint.every=100"]
     process = start(overrides(data, run_dir, *long), ranks=2, torchrun=True)
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").is_file() or len(read_metrics(run_dir / "metrics.jsonl")) < 2:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_steps(process, run_dir, 2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     done = len(losses(run_dir))
@@ -112,9 +124,6 @@ def test_ctrl_c_under_torchrun_saves_and_the_run_goes_on(data: Path, uninterrupt
     assert losses(run_dir) == losses(uninterrupted)
 
 
-FULL = pytest.mark.full
-
-
 @pytest.mark.parametrize(
     ("family", "stage", "layout", "ranks"),
     [
@@ -123,6 +132,11 @@ FULL = pytest.mark.full
         ("vl", "align", PIPELINE, 4),
         ("vl2", "pretrain", PIPELINE, 4),
         ("vl2", "sft", EXPERTS, 4),
+        ("vl2", "align", ZERO3, 2),
+        pytest.param("vl", "align", ZERO1, 2, marks=FULL),
+        pytest.param("vl", "pretrain", ZERO2, 2, marks=FULL),
+        pytest.param("vl", "sft", ZERO3, 2, marks=FULL),
+        pytest.param("vl2", "lm", ZERO3, 2, marks=FULL),
         pytest.param("vl", "pretrain", PIPELINE, 4, marks=FULL),
         pytest.param("vl", "sft", PIPELINE, 4, marks=FULL),
         pytest.param("vl2", "align", PIPELINE, 4, marks=FULL),
@@ -140,15 +154,23 @@ def test_stages_of_both_families_run(data: Path, tmp_path: Path, family: str, st
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        (PIPELINE, []),
         ([], [*PIPELINE, "parallel.vision_division=first_stage"]),
         ([*EXPERTS, SHARED_STATE], PIPELINE),
-        (PIPELINE, [*EXPERTS, SHARED_STATE]),
+        (ZERO3, []),
+        pytest.param(PIPELINE, [], marks=FULL),
+        pytest.param(PIPELINE, [*EXPERTS, SHARED_STATE], marks=FULL),
+        pytest.param([], ZERO3, marks=FULL),
+        pytest.param(ZERO3, ZERO1, marks=FULL),
+        pytest.param(PIPELINE, ZERO2, marks=FULL),
+        pytest.param(ZERO2, EXPERTS, marks=FULL),
     ],
-    ids=["from a pipeline", "to a pipeline", "from a shared optimiser", "to a shared optimiser"],
+    ids=[
+        *("to a pipeline", "from a shared optimiser", "from ZeRO-3", "from a pipeline", "to a shared optimiser", "to ZeRO-3"),
+        *("from ZeRO-3 to ZeRO-1", "from a pipeline to ZeRO-2", "from ZeRO-2 to experts apart"),
+    ],
 )
 def test_a_run_goes_on_with_another_layout(data: Path, uninterrupted: Path, tmp_path: Path, first: list[str], then: list[str]) -> None:
-    """The next global batches and losses are those of the run left alone."""
+    """Or with another engine; the next global batches and losses are those of the run left alone."""
     run_dir = tmp_path / "run"
     done = train(overrides(data, run_dir, "run.stop_after=5", *first), ranks=4 if first else 1)
     assert done.returncode == 0, done.stderr
@@ -157,6 +179,28 @@ def test_a_run_goes_on_with_another_layout(data: Path, uninterrupted: Path, tmp_
     for got, want in zip(losses(run_dir), losses(uninterrupted), strict=True):
         assert got[:2] == want[:2]
         assert got[2] == pytest.approx(want[2], rel=1e-5)
+
+
+def test_a_run_that_mixes_modalities_has_one_loss_curve_on_every_layout(data: Path, tmp_path: Path) -> None:
+    """Text and image sequences in each step, over data-parallel ranks; the same over a pipeline, gone on with alone."""
+    mixed = ["data.modality_grouping=false", "data.batch_size=8"]
+    done = train(overrides(data, tmp_path / "straight", *mixed), ranks=2)
+    assert done.returncode == 0, done.stderr
+    for layout, ranks in (([*PIPELINE, "run.stop_after=5"], 4), ([], 1)):
+        done = train(overrides(data, tmp_path / "stopped", *mixed, *layout), ranks)
+        assert done.returncode == 0, done.stderr
+    for got, want in zip(losses(tmp_path / "stopped"), losses(tmp_path / "straight"), strict=True):
+        assert got[:2] == want[:2]
+        assert got[2] == pytest.approx(want[2], rel=1e-5)
+    records = read_metrics(tmp_path / "straight" / "metrics.jsonl")
+    assert [record["modality"] for record in records] == ["text"] + ["multimodal"] * 7, "the warm-up begins with text alone"
+    assert all(set(record["loss_by_source"]) == {"pretrain", "text"} for record in records[1:])
+    text = target = 0.0
+    for record in records:
+        before, text = text, record["text_share"] * record["step"]
+        assert round((text - before) * 8, 6) in range(9)
+        target += record["text_ratio"]
+        assert abs(text - target) <= 1 / 8
 
 
 # ------------------------------------------------------------------------------------------------------------------- errors
@@ -202,11 +246,7 @@ def test_killing_one_rank_of_a_pipeline_ends_the_others_within_seconds(data: Pat
     """The others wait for it in a receive; the job ends and says which rank was killed."""
     run_dir = tmp_path / "run"
     process = start(overrides(data, run_dir, "run.max_steps=500", *PIPELINE), ranks=4)
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").is_file() or len(read_metrics(run_dir / "metrics.jsonl")) < 2:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_steps(process, run_dir, 2)
     ranks = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
     assert len(ranks) == 4
     os.kill(ranks[2], signal.SIGKILL)
@@ -216,6 +256,70 @@ def test_killing_one_rank_of_a_pipeline_ends_the_others_within_seconds(data: Pat
     assert process.returncode not in (0, None)
     assert "was ended by SIGKILL" in err
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_killed_run_and_a_damaged_checkpoint_cost_steps_and_nothing_else(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """Killed while it saves every step; then the newest checkpoint loses a bit. The end is bit for bit that of the run left alone."""
+    run_dir = tmp_path / "run"
+    settings = overrides(data, run_dir, "checkpoint.every=1")
+    process = start(settings, ranks=2)
+    wait_for_steps(process, run_dir, 4)
+    ranks = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
+    for pid in [process.pid, *ranks]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+    latest = find_latest(run_dir)
+    assert latest is not None and len(list_steps(run_dir)) >= 2
+    shard = sorted(latest.glob("*.safetensors"))[1]
+    data_bytes = bytearray(shard.read_bytes())
+    data_bytes[len(data_bytes) // 2] ^= 16
+    shard.write_bytes(data_bytes)
+    refused = train(settings, ranks=2)
+    assert refused.returncode == 1
+    assert f"{latest.name} is damaged: {shard.name} has changed" in refused.stderr
+    assert "checkpoint.fallback=true" in refused.stderr and "Traceback" not in refused.stderr
+
+    done = train([*settings, "checkpoint.fallback=true"], ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert f"{latest.name} is damaged" in done.stderr and "going on from step_" in done.stderr
+    assert losses(run_dir) == losses(uninterrupted)
+    assert stored_tensors(run_dir) == stored_tensors(uninterrupted)
+    assert [path.name for path in list_steps(run_dir)] == ["step_00000007", "step_00000008"]
+    assert not list((run_dir / "checkpoints").glob(".*"))
+    assert max(record["checkpoint_stall_s"] for record in read_metrics(run_dir / "metrics.jsonl")) > 0
+
+
+def test_a_disk_that_is_full_leaves_the_run_alive_or_stops_it_cleanly(data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with small_disk(run_dir, "48m"):  # room for one checkpoint and a half; keep_last would keep two
+        settings = overrides(data, run_dir, "checkpoint.every=2", "checkpoint.retries=0")
+        done = train(settings, ranks=2)
+        assert done.returncode == 1
+        assert "step_00000004 could not be written: rank " in done.stderr and "No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert [path.name for path in (run_dir / "checkpoints").iterdir() if path.name != "latest"] == ["step_00000002"]
+        check(run_dir / "checkpoints" / "step_00000002", full=True)
+        done = train([*settings, "checkpoint.on_error=continue"], ranks=2)
+        assert done.returncode == 1, "the run's last state is nowhere"
+        assert "the last checkpoint of this run could not be written" in done.stderr
+        assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] == 8
+        assert find_latest(run_dir) == run_dir / "checkpoints" / "step_00000002"
+
+
+def stored_tensors(run_dir: Path) -> dict[str, FileEntry]:
+    """The files of tensors of the latest checkpoint, verified."""
+    latest = find_latest(run_dir)
+    assert latest is not None
+    return {name: entry for name, entry in check(latest, full=True).files.items() if name.endswith(".safetensors")}
+
+
+def wait_for_steps(process: subprocess.Popen[str], run_dir: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").is_file() or len(read_metrics(run_dir / "metrics.jsonl")) < steps:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_generate_answers_from_a_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dsvl_train.cli import main
 from dsvl_train.interop import processors
@@ -172,3 +173,20 @@ def test_encoding_needs_no_megatron(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_more_tiles_than_in_training_for_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """VL2, footnote 2: up to 18 tiles where images have extreme aspect ratios."""
+    Image.new("RGB", (6000, 400), "red").save(tmp_path / "wide.png")
+    samples = tmp_path / "samples.json"
+    messages = [{"role": "user", "content": "<image>\nread"}, {"role": "assistant", "content": ""}]
+    samples.write_text(json.dumps([{"messages": messages, "images": ["wide.png"]}]))
+    model = DATA / "vl2" / "mla_softmax"
+    assert encode(model, samples, tmp_path / "x.npz")["0.tiles_wh"].tolist() == [[9, 1]]
+    wide = encode(model, samples, tmp_path / "y.npz", "--max-tiles", "18")
+    assert wide["0.tiles_wh"].tolist() == [[15, 1]]
+    assert len(wide["0.pixels"]) == 16
+    assert (
+        main(["encode", "--model", str(DATA / "vl"), "--samples", str(samples), "--out", str(tmp_path / "z.npz"), "--max-tiles", "18"]) == 2
+    )
+    assert "--max-tiles 18" in capsys.readouterr().err

@@ -51,6 +51,8 @@ def test_check_lists_what_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureF
 
     assert main([*command, "--seq-len", "60"]) == 1
     assert Counter(json.loads(line)["kind"] for line in out.read_text().splitlines())["too_long"] > 3
+    assert main([*command, "--max-tiles-per-sequence", "2"]) == 1
+    assert Counter(json.loads(line)["kind"] for line in out.read_text().splitlines())["too_many_tiles"] > 3
 
 
 def test_check_passes_what_is_whole_and_refuses_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

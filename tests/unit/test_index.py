@@ -410,6 +410,12 @@ def test_samples_that_no_sequence_holds_are_skipped_by_name(tmp_path: Path, proc
     assert len(source.skipped) + source.totals()[0] == 12
     assert source.lengths(np.arange(source.totals()[0])).max() <= limit
     assert source.shard_sizes.sum() == source.totals()[0]
+    most = int(np.median(index.tiles_n))
+    few_tiles = ShardSource("m", "multimodal", index, processor, ShardReader(), limit, most)
+    assert {skipped.kind for skipped in few_tiles.skipped} == {"too_long", "too_many_tiles"}
+    assert any(f"tiles; data.max_tiles_per_sequence={most}" in skipped.reason for skipped in few_tiles.skipped)
+    assert few_tiles.totals()[0] == ((index.tokens_n <= limit) & (index.tiles_n <= most)).sum()
+    assert few_tiles.tiles(np.arange(few_tiles.totals()[0])).max() <= most
     text_only = ShardSource("t", "text", index, processor, ShardReader(), 10_000)
     assert [skipped.kind for skipped in text_only.skipped] == ["image_in_text"] * 8
     assert text_only.tiles(np.arange(4)).tolist() == [0] * 4

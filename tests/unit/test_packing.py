@@ -25,6 +25,41 @@ def test_every_sample_is_in_exactly_one_pack_and_none_overflows(packing: Any, le
     assert packs == packing(lengths, capacity)
 
 
+SIZES = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 9)), max_size=200)
+"""Tokens and tiles."""
+
+
+@given(sizes=SIZES, capacity=st.integers(100, 300), max_tiles=st.integers(9, 30), data=st.data())
+def test_no_pack_of_any_window_has_more_tiles_than_allowed(
+    sizes: list[tuple[int, int]], capacity: int, max_tiles: int, data: st.DataObject
+) -> None:
+    first = data.draw(st.integers(0, len(sizes)))
+    lengths, tiles = [length for length, _ in sizes], [tile for _, tile in sizes]
+    before = pack_window(lengths[:first], capacity, tiles=tiles[:first], max_tiles=max_tiles)
+    left = [position for pack in before.open for position in pack] + list(range(first, len(sizes)))
+    places = iter(range(len(left)))
+    started = [[next(places) for _ in pack] for pack in before.open]
+    after = pack_window([lengths[at] for at in left], capacity, started, tiles=[tiles[at] for at in left], max_tiles=max_tiles)
+    packs = before.closed + [[left[place] for place in pack] for pack in (*after.closed, *after.open)]
+    assert sorted(position for pack in packs for position in pack) == list(range(len(sizes)))
+    for pack in packs:
+        assert sum(lengths[position] for position in pack) <= capacity
+        assert sum(tiles[position] for position in pack) <= max_tiles
+
+
+def test_a_limit_on_tiles_that_nothing_reaches_changes_nothing() -> None:
+    lengths = np.random.default_rng(0).integers(1, 100, 500).tolist()
+    tiles = [length % 5 for length in lengths]
+    assert pack_window(lengths, 300, tiles=tiles, max_tiles=10_000) == pack_window(lengths, 300)
+
+
+def test_a_pack_full_of_tiles_is_closed_and_a_sample_of_too_many_refused() -> None:
+    window = pack_window([10, 10, 10], 100, tiles=[4, 4, 1], max_tiles=5)
+    assert (window.closed, window.open) == ([[0, 2]], [[1]])
+    with pytest.raises(ValueError, match=r"sample 1 has 6 tiles; a pack takes 5 \(data\.max_tiles_per_sequence\)"):
+        pack_best_fit([10, 10], 100, tiles=[4, 6], max_tiles=5)
+
+
 @given(lengths=LENGTHS)
 def test_best_fit_wastes_less_than_half_in_all_packs_but_one(lengths: list[int]) -> None:
     packs = pack_best_fit(lengths, 100)

@@ -38,6 +38,8 @@ def mixtures(draw: st.DrawFn) -> tuple[list[MadeSource], dict[str, SourceConfig]
         "window": draw(st.sampled_from([2, 5, 16, 64])),
         "text_ratio": draw(st.floats(0, 1)),
         "text_warmup_steps": draw(st.integers(0, 10)),
+        "modality_grouping": draw(st.booleans()),
+        "max_tiles_per_sequence": draw(st.sampled_from([None, 3, 5])),
         "seq_len": CAPACITY,
     }
     return sources, configs, chosen
@@ -51,6 +53,11 @@ def run(planner: Planner, cursor: Cursor, steps: int) -> tuple[list[GlobalBatchP
     return plans, cursor
 
 
+def modality_of(pack: Pack, sources: list[MadeSource]) -> str:
+    """All samples of a pack are of one modality, which the caller checks for the others."""
+    return sources[pack.samples[0].source].modality
+
+
 @settings(max_examples=40)
 @given(mixture=mixtures(), seed=st.integers(0, 2**40))
 def test_every_sample_once_per_epoch_and_no_pack_overflows(mixture: Any, seed: int) -> None:
@@ -59,13 +66,17 @@ def test_every_sample_once_per_epoch_and_no_pack_overflows(mixture: Any, seed: i
     plans, cursor = run(planner, Cursor(), 25)
     used = Counter()
     for plan in plans:
+        text = sum(modality_of(pack, sources) == "text" for pack in plan.packs)
+        assert plan.modality == ("text" if text == len(plan.packs) else "multimodal")
+        assert not chosen["modality_grouping"] or text in (0, len(plan.packs))
         assert len(plan.packs) == chosen["batch_size"]
         for pack in plan.packs:
             assert 0 < pack.tokens <= CAPACITY
+            assert pack.tiles <= (chosen["max_tiles_per_sequence"] or pack.tiles)
             assert chosen["packing"] or len(pack.samples) == 1
             for ref in pack.samples:
                 source = sources[ref.source]
-                assert source.modality == plan.modality
+                assert source.modality == modality_of(pack, sources)
                 assert (ref.tokens, ref.tiles) == (source.length[ref.index], source.tile[ref.index])
                 used[ref.source, ref.epoch, ref.index] += 1
     waiting = Counter()
@@ -105,7 +116,7 @@ def test_every_layout_shares_out_the_same_global_batch_evenly(mixture: Any, micr
     sources, configs, chosen = mixture
     plans, _ = run(Planner(sources, config(configs, **chosen), 3), Cursor(), 6)
     for plan in plans:
-        for dp_size in (1, 2, 4):
+        for dp_size in (1, 2, 4, 8):
             if chosen["batch_size"] % (dp_size * micro_batch_size):
                 continue
             shares = assign(plan.packs, dp_size, micro_batch_size)
@@ -120,11 +131,32 @@ def test_every_layout_shares_out_the_same_global_batch_evenly(mixture: Any, micr
 def test_the_realised_text_share_follows_the_schedule(mixture: Any) -> None:
     sources, configs, chosen = mixture
     plans, _ = run(Planner(sources, config(configs, **chosen), 0), Cursor(), 40)
+    batch_size = chosen["batch_size"]
+    parts = 1 if chosen["modality_grouping"] else batch_size
+    text = 0
     for done, plan in enumerate(plans, start=1):
         assert plan.step == done
-        text_steps = sum(earlier.modality == "text" for earlier in plans[:done])
-        assert plan.text_share == text_steps / done
-        assert abs(plan.text_share - plan.text_share_target) * done <= 1
+        text += sum(modality_of(pack, sources) == "text" for pack in plan.packs)
+        assert plan.text_share == pytest.approx(text / batch_size / done)
+        assert abs(plan.text_share - plan.text_share_target) * done <= 1 / parts
+
+
+def test_grouping_can_change_on_resume_and_changes_which_steps_see_a_pack_not_the_packs() -> None:
+    sources = [MadeSource("t", "text", range(5, 45)), MadeSource("m", "multimodal", range(7, 50), [3] * 43)]
+    parts, state = [], None
+    for grouped in (True, False, True):
+        made = {"t": text_source("t"), "m": shards_source("m")}
+        planner = Planner(sources, config(made, seq_len=CAPACITY, text_ratio=0.3, window=16, modality_grouping=grouped), 0)
+        plans, cursor = run(planner, Cursor() if state is None else planner.restore(state), 7)
+        state = json.loads(json.dumps(planner.state(cursor)))
+        assert grouped == all(len({modality_of(pack, sources) for pack in plan.packs}) == 1 for plan in plans)
+        parts += plans
+    grouped_alone = config({"t": text_source("t"), "m": shards_source("m")}, seq_len=CAPACITY, text_ratio=0.3, window=16)
+    alone, _ = run(Planner(sources, grouped_alone, 0), Cursor(), 30)
+    for modality in ("text", "multimodal"):
+        found, wanted = ([pack for plan in of for pack in plan.packs if modality_of(pack, sources) == modality] for of in (parts, alone))
+        assert found == wanted[: len(found)]
+    assert all(abs(plan.text_share - plan.text_share_target) * plan.step <= 1 for plan in parts)
 
 
 def test_order_depends_on_seed_and_epoch() -> None:
@@ -187,7 +219,7 @@ def test_tokens_and_tiles_are_balanced_over_ranks() -> None:
 
 
 def test_every_global_batch_of_a_long_tailed_set_is_full_and_balanced_by_planning_alone() -> None:
-    """Images of 100 to 4,000 pixels, 1 to 8 per sample, texts of 5 to 4,000 tokens; 8 ranks of 4 sequences."""
+    """Images of 100 to 4,000 pixels, 1 to 8 per sample, texts of 5 to 4,000 tokens, as `long_tailed` draws them; 8 ranks of 4 sequences."""
     tokens, tiles = long_tailed(14_000, seed=0)
     cfg = config({"m": shards_source("m")}, seq_len=4096, batch_size=32, window=1024)
     plans, _ = run(Planner([MadeSource("m", "multimodal", tokens, tiles)], cfg, 0), Cursor(), 120)
@@ -217,6 +249,16 @@ def test_new_weights_hold_from_the_next_step_and_old_draws_come_back() -> None:
     used = Counter((ref.source, ref.epoch, ref.index) for plan in plans for pack in plan.packs for ref in pack.samples)
     assert set(used.values()) == {1}
     assert {key for key in used if key[1] == 0} == {(source, 0, sample) for source in (0, 1) for sample in range(40)}
+
+
+def test_a_little_sft_data_in_the_pretraining_mixture_comes_at_its_share() -> None:
+    """VL §3.2.2: some instruction data already in stage 2."""
+    sources = [MadeSource("pretrain", "multimodal", range(5, 60)), MadeSource("sft", "multimodal", [9] * 20)]
+    cfg = config({"pretrain": shards_source("p", weight=0.95), "sft": shards_source("s", weight=0.05)}, seq_len=CAPACITY, packing=False)
+    plans, _ = run(Planner(sources, cfg, 0), Cursor(), 100)
+    from_sft = [ref.source == 1 for plan in plans for pack in plan.packs for ref in pack.samples]
+    assert len(from_sft) == 400
+    assert all(abs(sum(from_sft[:done]) - 0.05 * done) <= 1 for done in range(len(from_sft)))
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
@@ -249,18 +291,37 @@ def test_new_weights_and_window_lose_and_repeat_nothing() -> None:
     assert sum(key[0] == "c" for key in used) > 0.2 * used.total()
 
 
+def test_sources_in_another_order_keep_their_weights_and_samples() -> None:
+    sources = {"a": MadeSource("a", "multimodal", [16] * 60), "b": MadeSource("b", "multimodal", [21] * 60)}
+    weights = {"a": 3.0, "b": 1.0}
+    state, plans = None, []
+    for order in ("ab", "ba", "ab"):
+        cfg = config({name: shards_source(name, weight=weights[name]) for name in order}, seq_len=CAPACITY, window=10)
+        planner = Planner([sources[name] for name in order], cfg, 0)
+        more, cursor = run(planner, Cursor() if state is None else planner.restore(state), 2)
+        state = json.loads(json.dumps(planner.state(cursor), sort_keys=True))
+        plans += [(order, plan) for plan in more]
+    used = Counter((order[ref.source], ref.epoch, ref.index) for order, plan in plans for pack in plan.packs for ref in pack.samples)
+    assert set(used.values()) == {1}
+    assert sum(name == "a" for name, _, _ in used) / used.total() == pytest.approx(0.75, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"seed": 1}, r"run\.seed=1"),
         ({"seq_len": 32}, r"data\.seq_len=32"),
+        ({"max_tiles": 9}, r"data\.max_tiles_per_sequence=9, but .* made with null"),
         ({"lengths": range(1, 12)}, r"data of data\.sources\.m changed"),
         ({"name": "other"}, r"data\.sources\.m is in the checkpoint"),
     ],
 )
 def test_a_state_that_means_other_samples_is_refused(change: dict[str, Any], message: str) -> None:
-    def planner(seed: int = 0, seq_len: int = CAPACITY, lengths: Any = range(1, 11), name: str = "m") -> Planner:
-        return Planner([MadeSource(name, "multimodal", lengths)], config({name: shards_source("m")}, seq_len=seq_len), seed)
+    def planner(
+        seed: int = 0, seq_len: int = CAPACITY, lengths: Any = range(1, 11), name: str = "m", max_tiles: int | None = None
+    ) -> Planner:
+        cfg = config({name: shards_source("m")}, seq_len=seq_len, max_tiles_per_sequence=max_tiles)
+        return Planner([MadeSource(name, "multimodal", lengths)], cfg, seed)
 
     first = planner()
     _, cursor = run(first, Cursor(), 2)

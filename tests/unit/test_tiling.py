@@ -12,34 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from dsvl_train.data import tiling
+from dsvl_train.data.bicubic import Switch, vertical_first
 from dsvl_train.data.errors import SampleError
 from dsvl_train.data.processor import Processor
 from dsvl_train.data.tiling import (
-    _vertical_first,
+    OpenedImage,
     contained_size,
     decode_array,
+    decode_packed,
     decode_rgb,
     fill_vl2_tiles,
     fill_vl_square,
     open_image,
 )
-from tests.unit.made_data import VL2_FOLDER, bomb
+from tests.unit.made_data import VL2_FOLDER, bomb, encoded, hard_picture
 
 COLOUR = (127, 90, 12)
-
-
-def hard_picture(width: int, height: int, seed: int) -> Image.Image:
-    """Black and white noise beside smooth ground: where bicubic weights overshoot most."""
-    rng = np.random.default_rng(seed)
-    noise = rng.integers(0, 2, (height, width, 3)) * 255
-    smooth = np.linspace(0, 255, width * height).reshape(height, width, 1)
-    return Image.fromarray(np.where(rng.random((height, width, 1)) < 0.7, noise, smooth).astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
+AT_FIRST, LATER = Switch(after_s=float("inf")), Switch(after_s=0.0)
+"""Exact mode before and after a process has taken over resizing from Pillow."""
 
 
 def padded_tiles(image: Image.Image, tiles_wh: tuple[int, int], side: int) -> np.ndarray:
@@ -52,17 +43,32 @@ def padded_tiles(image: Image.Image, tiles_wh: tuple[int, int], side: int) -> np
     return np.stack([np.asarray(view).transpose(2, 0, 1) for view in views])
 
 
-@settings(max_examples=60)
-@given(width=st.integers(1, 260), height=st.integers(1, 260), wide=st.integers(1, 3), high=st.integers(1, 3), seed=st.integers(0, 9))
-def test_exact_tiles_equal_pillow_and_fast_ones_nearly(width: int, height: int, wide: int, high: int, seed: int) -> None:
-    content = encoded(hard_picture(width, height, seed), quality=90)
+KINDS_AND_MODES = (("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"), ("PNG", "1"))
+
+
+@settings(max_examples=150)
+@given(
+    width=st.integers(1, 260),
+    height=st.integers(1, 260),
+    wide=st.integers(1, 3),
+    high=st.integers(1, 3),
+    seed=st.integers(0, 9),
+    kind_and_mode=st.sampled_from(KINDS_AND_MODES),
+)
+def test_exact_tiles_equal_pillow_and_fast_ones_nearly(
+    width: int, height: int, wide: int, high: int, seed: int, kind_and_mode: tuple[str, str]
+) -> None:
+    kind, mode = kind_and_mode
+    content = encoded(hard_picture(width, height, seed).convert(mode), kind)
     wanted = padded_tiles(Image.open(io.BytesIO(content)).convert("RGB"), (wide, high), 48)
-    tiles = {}
-    for decode in ("exact", "fast"):
-        tiles[decode] = np.full(wanted.shape, 1, dtype=np.uint8)
-        fill_vl2_tiles(open_image(content, 10**6), (wide, high), 48, COLOUR, tiles[decode], decode)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(tiles["exact"], wanted)
-    assert np.abs(tiles["fast"].astype(int) - wanted).max() <= 2
+    found = np.full(wanted.shape, 1, dtype=np.uint8)
+    for switch in (AT_FIRST, LATER):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiling, "SWITCH", switch)
+            fill_vl2_tiles(open_image(content, 10**6), (wide, high), 48, COLOUR, found, "exact")
+        np.testing.assert_array_equal(found, wanted)
+    fill_vl2_tiles(open_image(content, 10**6), (wide, high), 48, COLOUR, found, "fast")
+    assert np.abs(found.astype(int) - wanted).max() <= 2
 
 
 @settings(max_examples=30)
@@ -80,7 +86,7 @@ def test_the_fast_vl_square_is_nearly_the_exact_one(width: int, height: int, kin
 def test_the_order_of_passes_is_pillow_s(sizes: tuple[int, int, int, int], seed: int) -> None:
     width, height, new_width, new_height = sizes
     image = hard_picture(width, height, seed)
-    between = (width, new_height) if _vertical_first((width, height), (new_width, new_height)) else (new_width, height)
+    between = (width, new_height) if vertical_first((width, height), (new_width, new_height)) else (new_width, height)
     two_steps = image.resize(between, Image.Resampling.BICUBIC).resize((new_width, new_height), Image.Resampling.BICUBIC)
     assert image.resize((new_width, new_height), Image.Resampling.BICUBIC).tobytes() == two_steps.tobytes()
 
@@ -110,6 +116,11 @@ def outcome(decode: Any, content: bytes) -> Any:
         return error.kind
 
 
+def unpacked(opened: OpenedImage) -> np.ndarray:
+    packed_hw = decode_packed(opened).pixels_hw
+    return packed_hw.view(np.uint8).reshape(*packed_hw.shape, 4)[..., :3]
+
+
 def kinds_of_jpeg() -> dict[str, bytes]:
     image = hard_picture(83, 61, 1)
     return {
@@ -129,16 +140,16 @@ def kinds_of_jpeg() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", list(kinds_of_jpeg()))
-def test_both_decoders_give_the_same_pixels(kind: str) -> None:
+def test_all_decoders_give_the_same_pixels(kind: str) -> None:
     content = kinds_of_jpeg()[kind]
-    assert outcome(decode_array, content) == outcome(decode_rgb, content)
+    assert outcome(decode_array, content) == outcome(unpacked, content) == outcome(decode_rgb, content)
     assert len(outcome(decode_array, content)) == 83 * 61 * 3
 
 
 def test_ordinary_jpegs_do_not_need_pillow_s_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     content = kinds_of_jpeg()["4:2:0"]
-    monkeypatch.setattr("dsvl_train.data.tiling.decode_rgb", None)
-    assert decode_array(open_image(content, 10**6)).shape == (61, 83, 3)
+    monkeypatch.setattr(tiling, "decode_rgb", None)
+    assert decode_array(open_image(content, 10**6)).shape == unpacked(open_image(content, 10**6)).shape == (61, 83, 3)
 
 
 @settings(max_examples=300)
@@ -152,7 +163,7 @@ def test_damaged_jpegs_decode_or_fail_alike(kind: str, at: int, value: int, cut:
     content = bytearray(kinds_of_jpeg()[kind])
     content[at % len(content)] = value
     damaged = bytes(content if cut is None else content[: cut % len(content)])
-    assert outcome(decode_array, damaged) == outcome(decode_rgb, damaged)
+    assert outcome(decode_array, damaged) == outcome(unpacked, damaged) == outcome(decode_rgb, damaged)
 
 
 @pytest.mark.parametrize("decode", ["exact", "fast"])
