@@ -24,7 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_report(commands)
     data.add(commands)
     plan.add(commands)
-    arguments = parser.parse_args(argv)
+    arguments, others = parser.parse_known_args(argv)
+    if arguments.command == plan.NAME and not any(one.startswith("-") for one in others):
+        arguments.overrides += others  # argparse takes positional arguments in one stretch only
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     # torch's threads would spin between operations, which on a busy machine makes small models ten times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:

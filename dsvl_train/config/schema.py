@@ -318,6 +318,8 @@ class ParallelConfig:
     exchange of tokens between expert parallel ranks."""
     vision_recompute: bool = False
     """Keep only the input of each block of the vision encoders, and run the blocks again in the backward pass."""
+    layer_costs: str | None = None
+    """JSON file of measured seconds of each layer (`dsvl plan --measure FILE`), by which the pipeline is divided; null = by FLOPs."""
 
 
 @dataclass
@@ -363,6 +365,9 @@ class OptimConfig:
     """Decoupled; not on biases and other one-dimensional parameters."""
     clip_grad: float = 1.0
     """Maximum global gradient norm; 0 = no clipping."""
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What AdamW's moments are kept in; it computes in fp32, and main weights stay fp32. VL2 trains its largest model with bf16 (Table 2),
+    which halves the moments' memory."""
     update_idle: bool = False
     """False: a text step leaves vision and adaptor parameters and their moments untouched, as PyTorch does for parameters without
     gradient. True: they take a step with zero gradient, as Megatron does."""

@@ -18,6 +18,10 @@ NOT_AVAILABLE: list[tuple[str, Callable[[RunConfig], object], object]] = [
 """Settings whose other values are not built yet: key, how to read it, the only value that works. Delete a line when its feature arrives."""
 
 
+BF16_ROUNDING = 2.0**-8
+"""The largest relative change that a number in bf16 may ignore: half a unit of its 8-bit significand."""
+
+
 def validate(config: RunConfig, world_size: int, device: str | None = None) -> None:
     """Check everything that can be known before the run starts.
 
@@ -315,6 +319,12 @@ def _check_optim(config: RunConfig) -> None:
         raise ConfigError("optim.lr", "must be above 0", value=optim.lr)
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError("optim.betas", "must be two numbers from 0 to below 1", value=optim.betas, fix="optim.betas=[0.9,0.95]")
+    if optim.moments_dtype == "bf16" and max(optim.betas) > 1 - BF16_ROUNDING:
+        rule = f"moments in bf16 need betas of at most {1 - BF16_ROUNDING:g}: a smaller decay is rounded away, and a moment never shrinks"
+        raise ConfigError("optim.betas, optim.moments_dtype", rule, value=f"{optim.betas}, bf16", fix="optim.moments_dtype=fp32")
+    if optim.moments_dtype == "bf16" and config.engine.name == "deepspeed":
+        rule = "the deepspeed engine keeps moments in fp32; engine.offload is its way to save memory"
+        raise ConfigError("optim.moments_dtype", rule, value="bf16", fix="optim.moments_dtype=fp32 or engine=megatron")
     if optim.eps <= 0:
         raise ConfigError("optim.eps", "must be above 0", value=optim.eps, fix="optim.eps=1e-8")
     _at_least(config, 0, "optim.weight_decay", "optim.clip_grad", "optim.schedule.warmup_steps")

@@ -31,6 +31,7 @@ from dsvl_train.interop.native import Box, box
 from dsvl_train.models.logical import LogicalTensor, logical_tensors
 from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.parallel.startup import World
+from dsvl_train.training.adamw import zero_state
 from dsvl_train.training.engine import MAIN, MOMENTS
 
 _WEIGHT = "weight"
@@ -406,7 +407,6 @@ def _create_state(adam: torch.optim.AdamW, zero: Any) -> None:
     if partitions is None:
         partitions = [partition for group in adam.param_groups for partition in group["params"]]
     for partition in partitions:
-        moments = {moment: torch.zeros_like(partition) for moment in MOMENTS}
-        adam.state[partition] = {"step": torch.zeros((), device=partition.device)} | moments
+        adam.state[partition] = zero_state(partition, adam.defaults, torch.float32)
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()

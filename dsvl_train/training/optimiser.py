@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from dsvl_train.data.batch import Modality
 from dsvl_train.interop.native import Box, box, model_boxes
 from dsvl_train.models.logical import logical_tensors
 from dsvl_train.models.vlm import VisionLanguageModel
+from dsvl_train.training.adamw import Bf16MomentsAdamW, zero_state
 from dsvl_train.training.engine import MAIN, MOMENTS
 
 
@@ -68,6 +69,9 @@ class ModalityOptimiser:
             for name, chunk in chunks.items()
         }
         every = [optimiser for optimisers in self.by_chunk.values() for optimiser in optimisers]
+        self.moments_dtype = torch.bfloat16 if optim.moments_dtype == "bf16" else torch.float32
+        if self.moments_dtype == torch.bfloat16:
+            _keep_moments_in_bf16(every)
         text = [optimiser for name, mine in self.by_chunk.items() if optim.update_idle or name != "vision" for optimiser in mine]
         self._by_modality: dict[Modality, ChainedOptimizer] = {
             "multimodal": ChainedOptimizer(every),
@@ -121,7 +125,8 @@ class ModalityOptimiser:
         for name, optimisers in self.by_chunk.items():
             for optimiser in optimisers:
                 if self._updates[_part(name)] and not optimiser.is_stub_optimizer:
-                    found = _sharded_state(optimiser, parameter) if self.distributed else _plain_state(optimiser, parameter)
+                    find = _sharded_state if self.distributed else _plain_state
+                    found = find(optimiser, parameter, self.moments_dtype)
                     if found is not None:
                         return found
         return None
@@ -136,7 +141,7 @@ class ModalityOptimiser:
         for name, optimisers in self.by_chunk.items():
             for optimiser in optimisers:
                 if steps[_part(name)] and not optimiser.is_stub_optimizer:
-                    _create_state(optimiser.optimizer, steps[_part(name)])
+                    _create_state(optimiser.optimizer, steps[_part(name)], self.moments_dtype)
 
     def boxes(self, model: VisionLanguageModel) -> dict[str, Box]:
         """Weights, buffers and the optimiser's state as this rank writes them; every rank calls."""
@@ -161,7 +166,7 @@ class ParameterState:
     """None = all of it."""
     group: dist.ProcessGroup | None = None
     """The ranks whose shares make the whole."""
-    names: tuple[str, ...] = ()
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     """What `tensors` would hold, on every rank of the group."""
 
     def whole(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -169,8 +174,8 @@ class ParameterState:
         if self.group is None:
             return self.tensors
         together = {}
-        for name in self.names:
-            flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        for name, dtype in self.dtypes.items():
+            flat = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
             if self.share is not None:
                 flat[self.share[0] : self.share[1]] = self.tensors[name].view(-1)
             dist.all_reduce(flat, group=self.group)
@@ -207,7 +212,7 @@ class _OptimiserTensors:
             state.absorb(whole)
 
 
-def _plain_state(optimiser: MegatronOptimizer, parameter: nn.Parameter) -> ParameterState | None:
+def _plain_state(optimiser: MegatronOptimizer, parameter: nn.Parameter, moments_dtype: torch.dtype) -> ParameterState | None:
     main = getattr(parameter, "main_param", parameter)
     if main not in optimiser.optimizer.state:
         return None
@@ -215,19 +220,19 @@ def _plain_state(optimiser: MegatronOptimizer, parameter: nn.Parameter) -> Param
     return ParameterState(tensors if main is parameter else tensors | {MAIN: main})
 
 
-def _sharded_state(optimiser: Any, parameter: nn.Parameter) -> ParameterState | None:
+def _sharded_state(optimiser: Any, parameter: nn.Parameter, moments_dtype: torch.dtype) -> ParameterState | None:
     """From Megatron's distributed optimiser, which flattens all parameters into buffers and gives each rank a stretch of them."""
     in_buffers = any(parameter in bucket.params for buffer in optimiser.buffers for bucket in buffer.buckets)
     if not in_buffers:
         return None
-    names = MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MAIN)
+    dtypes = dict.fromkeys(MOMENTS, moments_dtype) | ({} if parameter.dtype == torch.float32 else {MAIN: torch.float32})
     if parameter not in optimiser.model_param_gbuf_map:
-        return ParameterState({}, None, optimiser.data_parallel_group, names)
+        return ParameterState({}, None, optimiser.data_parallel_group, dtypes)
     group, place = optimiser.model_param_group_index_map[parameter]
     main = optimiser.optimizer.param_groups[group]["params"][place]
-    tensors = {moment: optimiser.optimizer.state[main][moment] for moment in MOMENTS} | ({MAIN: main} if MAIN in names else {})
+    tensors = {moment: optimiser.optimizer.state[main][moment] for moment in MOMENTS} | ({MAIN: main} if MAIN in dtypes else {})
     held = optimiser._get_model_param_range_map(parameter)["param"]
-    return ParameterState(tensors, (held.start, held.end), optimiser.data_parallel_group, names)
+    return ParameterState(tensors, (held.start, held.end), optimiser.data_parallel_group, dtypes)
 
 
 def _part(chunk: str) -> str:
@@ -248,15 +253,25 @@ def _overrides(peak: float, multipliers: Mapping[str, float | None]) -> dict[Par
     return overrides
 
 
-def _create_state(adam: torch.optim.Optimizer, steps: int) -> None:
+def _keep_moments_in_bf16(optimisers: list[MegatronOptimizer]) -> None:
+    """Put our AdamW in the place of the one that Megatron chose, before it has any state.
+
+    Megatron's own lower precision states are Transformer Engine's alone, and come with a second way to hold gradients and main weights.
+    """
+    for optimiser in optimisers:
+        if not optimiser.is_stub_optimizer:
+            optimiser.optimizer = Bf16MomentsAdamW.in_place_of(optimiser.optimizer)
+
+
+def _create_state(adam: torch.optim.Optimizer, steps: int, moments_dtype: torch.dtype) -> None:
     from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 
+    ours = USING_PYTORCH_OPTIMIZER or isinstance(adam, Bf16MomentsAdamW)
     for group in adam.param_groups:
-        if not USING_PYTORCH_OPTIMIZER:
+        if not ours:
             group["step"] = steps
         for parameter in group["params"]:
-            state = adam.state[parameter]
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(parameter)
-            if USING_PYTORCH_OPTIMIZER:
-                state["step"] = torch.tensor(float(steps), device=parameter.device if group.get("fused") else "cpu")
+            state = zero_state(parameter, group, moments_dtype, steps)
+            if not ours:
+                del state["step"]
+            adam.state[parameter].update(state)

@@ -181,11 +181,19 @@ def require_same_numbers(reference: dict[str, Any], ranks: list[dict[str, Any]])
     if "expert_load" in reference["records"][0]:
         for key in ("expert_load", "aux_loss"):
             np.testing.assert_allclose(result["records"][0][key], reference["records"][0][key], rtol=1e-4, err_msg=key)
+        np.testing.assert_array_equal(result["records"][1]["expert_bias"], reference["records"][1]["expert_bias"])
     assert result["weights"].keys() == reference["weights"].keys() > reference["initial"].keys()
     for name, want in reference["initial"].items():
         np.testing.assert_array_equal(result["initial"][name], want, err_msg=f"initial {name}")
     for name, want in reference["weights"].items():
         np.testing.assert_allclose(result["weights"][name], want, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.distributed
+def test_moments_in_bf16_are_shared_out_alike() -> None:
+    half = {"optim.moments_dtype": "bf16"}
+    reference, result = (run_ranks(train_tiny, ranks, "vl2", layout, MODALITIES, half)[0] for ranks, layout in ((1, {}), (2, ZERO)))
+    require_same_numbers(reference, result)
 
 
 ONLY_VISION = [ParamRule("language.*", None), ParamRule("vision.*", 0.1), ParamRule("*", 1.0)]

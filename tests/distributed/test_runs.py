@@ -85,11 +85,16 @@ def test_stop_after_and_resume_continue_the_same_loss_curve(data: Path, uninterr
 
 @pytest.mark.parametrize(
     "shared",
-    [[SHARED_STATE], ZERO3, pytest.param(ZERO1, marks=FULL), pytest.param([*ZERO2, "engine.offload=optimizer"], marks=FULL)],
+    [
+        ["optim.moments_dtype=bf16", SHARED_STATE],
+        ZERO3,
+        pytest.param(ZERO1, marks=FULL),
+        pytest.param([*ZERO2, "engine.offload=optimizer"], marks=FULL),
+    ],
     ids=["Megatron's", "ZeRO-3", "ZeRO-1", "ZeRO-2 offloaded"],
 )
 def test_a_shared_optimiser_in_bf16_resumes_bit_for_bit(data: Path, tmp_path: Path, shared: list[str]) -> None:
-    """The fp32 weights and moments that only one rank each holds come back to it."""
+    """The fp32 weights and the moments that only one rank each holds come back to it."""
     half = ["engine.precision=bf16", *shared]
     for name, parts in (("straight", [[]]), ("stopped", [["run.stop_after=5"], []])):
         for part in parts:

@@ -286,6 +286,7 @@ def test_config_yaml_that_does_not_fit_is_refused(tmp_path: Path, vl2: RunConfig
         ({"optim__lr": 0.0}, "optim.lr", "above 0"),
         ({"optim__betas": [0.9]}, "optim.betas", "two numbers"),
         ({"optim__eps": 0.0}, "optim.eps", "above 0"),
+        ({"optim__moments_dtype": "bf16", "optim__betas": [0.9, 0.999]}, "optim.betas, optim.moments_dtype", "0.996094"),
         ({"optim__weight_decay": -0.1}, "optim.weight_decay", "at least 0"),
         ({"optim__schedule__min_ratio": 2.0}, "optim.schedule.min_ratio", "between 0 and 1"),
         ({"optim__schedule__factors": [0.1]}, "optim.schedule.milestones, optim.schedule.factors", "as many factors"),

@@ -159,21 +159,21 @@ def test_text_steps_with_a_frozen_language_model_are_refused(world: startup.Worl
         Bench(world, "vl", stage__policy=policy, data__text_ratio=0.5)
 
 
-@pytest.mark.parametrize("family", ["vl", "vl2"])
-def test_a_restored_run_goes_on_bit_for_bit(world: startup.World, family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "moments"), [("vl", "fp32"), ("vl2", "fp32"), ("vl2", "bf16")])
+def test_a_restored_run_goes_on_bit_for_bit(world: startup.World, family: str, moments: str, tmp_path: Path) -> None:
     from dsvl_train.training import checkpoint
 
     processor = tmp_path / "processor"
     processor.mkdir()
     (processor / "processor_config.json").write_text("{}")
-    straight = Bench(world, family, data__processor=str(processor))
+    straight = Bench(world, family, data__processor=str(processor), optim__moments_dtype=moments)
     straight.run("multimodal", "text", "text")
     folder = checkpoint.step_folder(tmp_path, 3)
     state = checkpoint.TrainState(3, {"cursor": 7}, straight.optimiser.steps_taken(), bad_samples=2)
     checkpoint.save(folder, straight.cfg, straight.model, straight.optimiser, state)
     expected = straight.run("multimodal", "text")
 
-    restored = Bench(world, family, run__seed=99)
+    restored = Bench(world, family, run__seed=99, optim__moments_dtype=moments)
     assert checkpoint.load(folder, restored.model, restored.optimiser) == state
     restored.done = 3
     got = restored.run("multimodal", "text")
