@@ -1,8 +1,9 @@
-"""A tiny model with everything that a training step needs, in one process."""
+"""A tiny model with everything that a training step needs, trained and saved by hand in one process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +73,18 @@ class Bench:
             if router.expert_bias is not None:
                 state[f"expert_bias {index}"] = router.expert_bias.clone()
         return state
+
+
+def save(world: startup.World, bench: Bench, run_dir: Path, state: Any = None) -> Path:
+    """Save the bench as a run would. Returns the checkpoint."""
+    from dsvl_train.training import checkpoint
+
+    (run_dir / "processor").mkdir(parents=True, exist_ok=True)
+    (run_dir / "processor" / "processor_config.json").write_text("{}")
+    bench.cfg.run.dir, bench.cfg.data.processor = str(run_dir), str(run_dir / "processor")
+    state = state or checkpoint.TrainState(bench.done, {}, bench.optimiser.steps_taken(), 0)
+    (folder,) = checkpoint.Saver(bench.cfg, world, bench.model, bench.optimiser).save(state, last=True)
+    return folder
 
 
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:

@@ -32,7 +32,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "nearest layout that does is named. 2: the arguments are wrong.",
     )
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="recipe and settings, as train.py takes them")
-    parser.add_argument("--world", type=int, help="processes, one per device (default: launch.nproc, or one)")
+    parser.add_argument("--world", type=int, help="processes, one per device (default: launch.nproc, else the recipe's cluster, else one)")
     parser.add_argument("--nodes", type=int, help="machines, with --gpus")
     parser.add_argument("--gpus", type=int, help="devices of a machine")
     parser.add_argument("--device-memory", type=float, default=DEVICE_GIB, metavar="GIB", help=f"of a device (default {DEVICE_GIB:g})")
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     cfg = compose_run(arguments.overrides)
     if cfg.engine.name != "megatron":
         raise ConfigError("engine", "dsvl plan knows what Megatron's engine holds", value=cfg.engine.name, fix="engine=megatron")
-    world_size = _world_size(arguments) or max(cfg.launch.nproc, 1)
+    world_size = _world_size(arguments) or cfg.launch.processes
     validate(cfg, world_size)
     if arguments.measure:
         _measure(cfg, Path(arguments.measure))

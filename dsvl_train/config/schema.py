@@ -231,6 +231,8 @@ class DataConfig:
     """True: a sequence is a pack of samples up to seq_len tokens. False: a sequence is one sample."""
     batch_size: int
     """Sequences of a global batch."""
+    root: str = "data"
+    """Folder or URL with a folder per source, for mixtures that say so (`${data.root}/…` in conf/data/vl and conf/data/vl2)."""
     micro_batch_size: int = 1
     """Sequences computed at once on one rank; they are laid end to end, so none is padded for another's length."""
     text_ratio: float = 0.0
@@ -382,6 +384,20 @@ class CheckpointConfig:
     """Save every this many steps; 0 = at the end only. The last step is always saved."""
     keep_last: int = 2
     """Keep this many newest checkpoints; 0 = all."""
+    keep_every: int = 0
+    """Also keep the checkpoint of every step that this divides, for good; 0 = none."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; False: training waits until the checkpoint is published."""
+    verify: Literal["size", "full"] = "full"
+    """What is compared with a checkpoint's manifest before a run goes on from it. full: size and SHA-256 of every file. size: sizes."""
+    fallback: bool = False
+    """Go on from the newest good checkpoint where the latest is damaged. False: a damaged one is an error."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written, retries included: end the run, or train on and try again with the next one."""
+    retries: int = 2
+    """Repetitions of a save that failed, from the same copy in memory while training goes on."""
+    retry_s: float = 5.0
+    """Seconds before each repetition."""
 
 
 @dataclass
@@ -410,6 +426,28 @@ class GuardConfig:
 
 
 @dataclass
+class EvalConfig:
+    """Evaluation in the loop, on all ranks; `dsvl eval` does the same to checkpoints."""
+
+    every: int = 0
+    """Evaluate after every this many steps and after the last; 0 = never."""
+    tasks: dict[str, str] = field(default_factory=dict)
+    """Name -> task file (JSON lines), or a benchmark's own file as LAYOUT:PATH (mmlu, hellaswag, mmbench, mmmu, gsm8k, shards)."""
+    text: str | None = None
+    """Held-out documents (JSON lines of `text`), for bits per byte."""
+    limit: int | None = None
+    """Items of each task and texts at most, spread evenly over the file; null = all."""
+    max_new_tokens: int = 64
+    """Tokens of a generated answer at most."""
+    tokens_at_once: int = 8192
+    """Tokens of a forward pass that scores, on one rank; a single longer sample is a pass by itself."""
+    plain: bool = False
+    """Put a benchmark's questions as plain text, without the conversation template: for base models."""
+    options: Literal["text", "letter"] = "text"
+    """text: each option's text is scored as the answer (VL §3.2.2). letter: options are listed, and their letters scored."""
+
+
+@dataclass
 class LoggingConfig:
     every: int = 1
     """Print a progress line every this many steps where there is no terminal for a bar."""
@@ -425,6 +463,15 @@ class LaunchConfig:
     """Ranks that train.py starts on this machine; 0 = be one process, or one rank under torchrun."""
     grace_s: float = 60.0
     """Seconds that these ranks have to finish their step and save after a signal."""
+    nodes: int | None = None
+    """Machines that the recipe's layout is made for; null = any. It starts none of them."""
+    gpus_per_node: int = 8
+    """GPUs of each of them, a rank on each."""
+
+    @property
+    def processes(self) -> int:
+        """Ranks that the configuration is meant for: nproc, else those of the recipe's cluster, else one."""
+        return self.nproc or (self.nodes or 0) * self.gpus_per_node or 1
 
 
 @dataclass
@@ -470,5 +517,6 @@ class RunConfig:
     launch: LaunchConfig
     init: InitConfig
     guard: GuardConfig = field(default_factory=GuardConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     resume: str = "auto"
     """auto: go on from the run folder's latest checkpoint if there is one. none: start anew. Else: a checkpoint folder."""

@@ -44,6 +44,7 @@ def validate(config: RunConfig, world_size: int, device: str | None = None) -> N
     _check_optim(config)
     _check_engine(config, device or config.engine.device)
     _check_guard(config)
+    _check_eval(config)
     _check_layout(config, world_size)
 
 
@@ -83,7 +84,8 @@ def _divides(key: str, divisor: int, of_key: str, number: int) -> None:
 
 def _check_run(config: RunConfig) -> None:
     _at_least(config, 1, "run.max_steps", "run.stop_after", "logging.every")
-    _at_least(config, 0, "run.seed", "checkpoint.every", "checkpoint.keep_last", "launch.nproc")
+    _at_least(config, 0, "run.seed", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "launch.nproc")
+    _at_least(config, 0, "checkpoint.retries", "checkpoint.retry_s")
     run = config.run
     if not run.name:
         raise ConfigError("run.name", "must not be empty", fix="run.name=NAME")
@@ -374,6 +376,10 @@ def _check_deepspeed(config: RunConfig) -> None:
     if parallel.distributed_optimizer:
         rule = "is Megatron's; every ZeRO stage of the deepspeed engine shares the optimiser's state out"
         raise ConfigError("parallel.distributed_optimizer", rule, value=True, fix="parallel.distributed_optimizer=false")
+    if config.eval.every and config.engine.zero_stage == 3:
+        rule = "evaluation in the loop needs whole weights on every rank, which engine.zero_stage=3 does not keep"
+        fix = "eval.every=0 (and dsvl eval on the checkpoints), or engine.zero_stage=2"
+        raise ConfigError("eval.every, engine.zero_stage", rule, value=(config.eval.every, 3), fix=fix)
     if config.optim.update_idle:
         rule = "the deepspeed engine cannot step parameters that a step does not reach"
         raise ConfigError("optim.update_idle", rule, value=True, fix="optim.update_idle=false or engine=megatron")
@@ -391,6 +397,19 @@ def _check_guard(config: RunConfig) -> None:
         rule = "must be below engine.timeout_s, whose error does not say which rank hangs"
         fix = f"guard.hang_s={0.8 * config.engine.timeout_s:g}"
         raise ConfigError("guard.hang_s, engine.timeout_s", rule, value=(guard.hang_s, config.engine.timeout_s), fix=fix)
+
+
+def _check_eval(config: RunConfig) -> None:
+    _at_least(config, 0, "eval.every")
+    _at_least(config, 1, "eval.limit", "eval.max_new_tokens", "eval.tokens_at_once")
+    evaluation = config.eval
+    for name in evaluation.tasks:
+        if not name or "/" in name or name == "bits_per_byte":
+            rule = "a task needs a name without slashes, other than bits_per_byte, which is eval.text's"
+            raise ConfigError("eval.tasks", rule, value=name, fix="rename the task")
+    if evaluation.every and not evaluation.tasks and not evaluation.text:
+        fix = "eval.tasks.NAME=FILE or eval.text=FILE, or eval.every=0"
+        raise ConfigError("eval.every, eval.tasks, eval.text", "there is nothing to evaluate", value=evaluation.every, fix=fix)
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:

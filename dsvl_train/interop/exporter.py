@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 
+from dsvl_train.checkpoints.folders import CONFIG_FILE, PROCESSOR_FOLDER, resolve
 from dsvl_train.config.compose import load_run_config
 from dsvl_train.config.schema import ModelConfig
 from dsvl_train.interop import processors
 from dsvl_train.interop.blocks import MappedSource, Shape, Table, TensorSource
 from dsvl_train.interop.checks import check_tensors, some
-from dsvl_train.interop.folders import CONFIG_FILE, PROCESSOR_FOLDER, resolve
 from dsvl_train.interop.formats import deepseek_vl2, multi_modality, transformers_vl
 from dsvl_train.interop.formats.json_file import JsonConfig
 from dsvl_train.interop.native_source import open_native

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dsvl_train.checkpoints.folders import CONFIG_FILE, PROCESSOR_FOLDER, STATE_FILE
+from dsvl_train.checkpoints.manifest import manifest_of, write_manifest
 from dsvl_train.config.compose import to_yaml
 from dsvl_train.config.schema import ModelConfig
 from dsvl_train.interop import processors
-from dsvl_train.interop.folders import CONFIG_FILE, PROCESSOR_FOLDER, STATE_FILE
 from dsvl_train.interop.formats import transformers_vl
 from dsvl_train.interop.formats.json_file import JsonConfig
 from dsvl_train.interop.neutral import neutral_run
@@ -38,6 +39,7 @@ def import_model(source: str | Path, out: str | Path, *, show_progress: bool = T
         (folder / CONFIG_FILE).write_text(to_yaml(run), encoding="utf-8")
         state = {"step": 0, "data": {}, "updates": {}, "bad_samples": 0}
         (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        write_manifest(folder, manifest_of(folder, step=0))
     return model
 
 

@@ -5,11 +5,12 @@ reads what it needs, through torch's distributed checkpointing:
 
     model.<name>    optim.exp_avg.<name>    optim.exp_avg_sq.<name>    optim.main.<name>
 
-`training.checkpoint` writes these folders and reads the optimiser's part.
+`training.checkpoint` writes these folders and reads the optimiser's part; `checkpoints` knows them as folders of files.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,14 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
-from dsvl_train.interop.folders import CONFIG_FILE, LATEST_FILE, PROCESSOR_FOLDER, STATE_FILE, find_latest, resolve
+from dsvl_train.checkpoints.durable import FileEntry, HashedFile
+from dsvl_train.checkpoints.folders import CONFIG_FILE, LATEST_FILE, PROCESSOR_FOLDER, STATE_FILE, find_latest, resolve
+from dsvl_train.interop.blocks import TensorInfo
+from dsvl_train.interop.native_source import SHARDING_INFO
+from dsvl_train.interop.writer import write_safetensors
 from dsvl_train.models.logical import LogicalTensor, logical_tensors
 from dsvl_train.models.vlm import VisionLanguageModel
 
@@ -54,20 +58,8 @@ class Box:
         """Shape of the whole tensor; the reader compares it with what is stored."""
         return torch.Size(self.whole)
 
-    def _chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(offsets=torch.Size(self.offset), sizes=self.local.shape)
-
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        data = TensorWriteData(chunk=self._chunk(), properties=TensorProperties.create_from_tensor(self.local), size=self.size())
-        return [WriteItem(index=MetadataIndex(fqn, torch.Size(self.offset)), type=WriteItemType.SHARD, tensor_data=data)]
-
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()]
-
-
-class _WriteBoxes(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].local
+        return [ChunkStorageMetadata(offsets=torch.Size(self.offset), sizes=self.local.shape)]
 
 
 class _ReadBoxes(DefaultLoadPlanner):
@@ -99,9 +91,13 @@ def load_weights(folder: Path, model: VisionLanguageModel) -> None:
     read_boxes(folder, model_boxes(model))
 
 
-def write_boxes(folder: Path, boxes: Mapping[str, Box]) -> None:
-    """Write every rank's boxes into `folder`, a box that several ranks hold once; every rank calls."""
-    dcp.save(dict(boxes), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True), planner=_WriteBoxes())
+def write_boxes(path: Path, boxes: Mapping[str, Box]) -> FileEntry:
+    """Write boxes, which lie in host memory, into a durable file; torch's distributed checkpointing reads all files of a folder as one."""
+    offsets = {name: {"saved_offsets": list(box.offset)} for name, box in boxes.items()}
+    infos = {name: TensorInfo(tuple(box.local.shape), box.local.dtype) for name, box in boxes.items()}
+    with HashedFile(path) as file:
+        write_safetensors(file, infos, lambda name: boxes[name].local, metadata={SHARDING_INFO: json.dumps(offsets)})
+    return file.entry
 
 
 def read_boxes(folder: Path, boxes: Mapping[str, Box]) -> None:

@@ -69,6 +69,17 @@ def open_native(folder: Path, *, main_weights: bool = False) -> MappedSource:
     return MappedSource(boxes, placements, shapes)
 
 
+def open_everything(folder: Path) -> MappedSource:
+    """Every tensor of a checkpoint, the optimiser's too, under its stored name.
+
+    Raises:
+        ValueError: a file is broken, or the boxes of a tensor do not make a whole; names it.
+    """
+    boxes = _Boxes(folder)
+    placements = boxes.of("")
+    return MappedSource(boxes, placements, {name: _whole(folder, name, parts) for name, parts in placements.items()})
+
+
 def _whole(folder: Path, name: str, parts: list[Placement]) -> Shape:
     rank = len(parts[0].start)
     shape = tuple(max(part.start[dim] + part.size[dim] for part in parts) for dim in range(rank))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from dsvl_train.checkpoints.folders import STATE_FILE
 from dsvl_train.config.compose import CONF_DIR, from_plain_model
 from dsvl_train.config.schema import ModelConfig
 from dsvl_train.interop.blocks import MappedSource, Shape, Table, TensorSource
 from dsvl_train.interop.checks import check_tensors, differences
-from dsvl_train.interop.folders import STATE_FILE
 from dsvl_train.interop.formats import deepseek_vl2, multi_modality, transformers_vl
 from dsvl_train.interop.formats.json_file import JsonConfig
 from dsvl_train.interop.shapes import logical_shapes

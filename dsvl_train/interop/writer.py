@@ -9,10 +9,11 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from dsvl_train.checkpoints.durable import sync_folder
 from dsvl_train.interop.blocks import TensorInfo, TensorSource, read_whole
 from dsvl_train.interop.sources import SAFETENSORS_TYPES
 
@@ -21,6 +22,10 @@ _TYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
 
 ShardName = Callable[[int, int], str]
 """(shard from 1, shards) -> file name."""
+
+
+class _Sink(Protocol):
+    def write(self, data: bytes | memoryview, /) -> object: ...
 
 
 def five_digits(shard: int, shards: int) -> str:
@@ -77,7 +82,9 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else shard_name(number, len(shards))
-        _write_file(folder / file, source, names, prefix, progress)
+        with (folder / file).open("wb") as out:
+            stored = {prefix + name: infos[name] for name in names}
+            write_safetensors(out, stored, lambda name: read_whole(source, name.removeprefix(prefix)), progress=progress)
         weight_map |= {prefix + name: file for name in names}
     if index and len(shards) > 1:
         total = sum(info.bytes for info in infos.values())
@@ -98,26 +105,34 @@ def plan_shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[list[st
     return shards
 
 
-def _write_file(path: Path, source: TensorSource, names: list[str], prefix: str, progress: Callable[[int], Any]) -> None:
-    """The safetensors format: header length, JSON header, the tensors' bytes without gaps; wide types first, so that all are aligned."""
-    infos = source.infos()
-    order = sorted(names, key=lambda name: -infos[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def write_safetensors(
+    file: _Sink,
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[str], torch.Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], Any] = lambda size: None,
+) -> None:
+    """The safetensors format: header length, JSON header, the tensors' bytes without gaps; wide types first, so that all are aligned.
+
+    Args:
+        read: name -> the tensor, on the CPU; called once for each, in the order of the file.
+    """
+    order = sorted(infos, key=lambda name: -infos[name].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for name in order:
         info = infos[name]
         end = position + info.bytes
-        header[prefix + name] = {"dtype": _TYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
+        header[name] = {"dtype": _TYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
         position = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
-        for name in order:
-            tensor = read_whole(source, name).contiguous()
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            progress(infos[name].bytes)
+    file.write(struct.pack("<Q", len(encoded)))
+    file.write(encoded)
+    for name in order:
+        file.write(read(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        progress(infos[name].bytes)
 
 
 @contextmanager
@@ -138,7 +153,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
+        for written in [unfinished, *(path for path in unfinished.rglob("*") if path.is_dir())]:
+            sync_folder(written)
         os.replace(unfinished, out)
+        sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -114,6 +114,11 @@ class LayoutPlan:
 
 def most_tiles(model: ModelConfig, data: DataConfig) -> float:
     """Tiles of a micro-batch whose sequences are full of images, each of the grid with the most tiles per token."""
+    allowed = float("inf") if data.max_tiles_per_sequence is None else data.max_tiles_per_sequence * data.micro_batch_size
+    return min(_most_tiles_of_tokens(model, data), allowed)
+
+
+def _most_tiles_of_tokens(model: ModelConfig, data: DataConfig) -> float:
     tokens, siglip = data.seq_len * data.micro_batch_size, model.vision.siglip
     if model.family == "vl":
         return max(tokens // siglip.tokens, 1)

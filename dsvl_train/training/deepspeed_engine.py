@@ -148,19 +148,17 @@ class ZeroOptimiser:
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 
-    def boxes(self, model: VisionLanguageModel) -> dict[str, Box]:
-        """Weights, buffers and the optimiser's state as this rank writes them; every rank calls.
+    def boxes(self, model: VisionLanguageModel) -> Iterator[tuple[str, Box]]:
+        """Weights, buffers and the optimiser's state by stored name, each on one rank; every rank goes through all of it.
 
-        Tensors are put together one after the other, and each is kept by one rank, in its main memory.
+        Tensors are put together one after the other.
         """
-        boxes: dict[str, Box] = {}
         for owner, local, tensors in _owned(model):
             for key in self._keys(local):
                 whole = _whole(local, key)
                 if owner == dist.get_rank():
-                    kept = whole.detach().to("cpu", copy=True)
-                    boxes |= {_stored_name(key, tensor): box(tensor, kept) for tensor in tensors}
-        return boxes
+                    for tensor in tensors:
+                        yield _stored_name(key, tensor), box(tensor, whole.detach())
 
     @contextmanager
     def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> Iterator[dict[str, Box]]:

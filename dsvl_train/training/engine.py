@@ -6,7 +6,7 @@ modality reached. Everything else is the same for both: trainer, step, data, met
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -64,8 +64,9 @@ class Optimiser(Protocol):
         """Updates of the `vision` and the `language` part so far; they differ by the text steps."""
         ...
 
-    def boxes(self, model: VisionLanguageModel) -> dict[str, Box]:
-        """Weights, buffers and the optimiser's state as this rank writes them; every rank calls."""
+    def boxes(self, model: VisionLanguageModel) -> Iterator[tuple[str, Box]]:
+        """Weights, buffers and the optimiser's state that this rank can write, by stored name. A box is good until the next one is asked;
+        every rank goes through all of it, since tensors are put together on the way."""
         ...
 
     def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> AbstractContextManager[dict[str, Box]]:

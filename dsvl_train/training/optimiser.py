@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dsvl_train.config.schema import OptimConfig
 from dsvl_train.data.batch import Modality
 from dsvl_train.interop.native import Box, box, model_boxes
-from dsvl_train.models.logical import logical_tensors
+from dsvl_train.models.logical import LogicalTensor, logical_tensors
 from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.training.adamw import Bf16MomentsAdamW, zero_state
 from dsvl_train.training.engine import MAIN, MOMENTS
@@ -143,17 +143,42 @@ class ModalityOptimiser:
                 if steps[_part(name)] and not optimiser.is_stub_optimizer:
                     _create_state(optimiser.optimizer, steps[_part(name)], self.moments_dtype)
 
-    def boxes(self, model: VisionLanguageModel) -> dict[str, Box]:
-        """Weights, buffers and the optimiser's state as this rank writes them; every rank calls."""
-        return model_boxes(model) | _OptimiserTensors(model, self).boxes
+    def boxes(self, model: VisionLanguageModel) -> Iterator[tuple[str, Box]]:
+        """Weights, buffers and the optimiser's state of this rank by stored name; every rank goes through all of it.
+
+        The optimiser's tensors are made whole one parameter at a time.
+        """
+        yield from model_boxes(model).items()
+        for parameter, state, tensors in self._states(model):
+            whole = state.whole(parameter)
+            for tensor in tensors:
+                for name, values in whole.items():
+                    yield f"optim.{name}.{tensor.name}", box(tensor, values)
 
     @contextmanager
     def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> Iterator[dict[str, Box]]:
         """A context that gives the boxes to read a checkpoint into; what they then hold becomes the state. Every rank enters it."""
         self.create_state(updates)
-        tensors = _OptimiserTensors(model, self)
-        yield model_boxes(model) | tensors.boxes
-        tensors.absorb()
+        boxes = model_boxes(model)
+        read_into: list[tuple[ParameterState, dict[str, Tensor]]] = []
+        for parameter, held, tensors in self._states(model):
+            whole = held.to_read_into(parameter)
+            read_into.append((held, whole))
+            boxes |= {f"optim.{name}.{tensor.name}": box(tensor, values) for tensor in tensors for name, values in whole.items()}
+        yield boxes
+        for held, whole in read_into:
+            held.absorb(whole)
+
+    def _states(self, model: VisionLanguageModel) -> Iterator[tuple[nn.Parameter, ParameterState, list[LogicalTensor]]]:
+        """Each parameter that was stepped, with the logical tensors (several, where gate and up are one) that it stores."""
+        stores: dict[int, tuple[nn.Parameter, list[LogicalTensor]]] = {}
+        for tensor, local in logical_tensors(model):
+            if isinstance(local, nn.Parameter):
+                stores.setdefault(id(local), (local, []))[1].append(tensor)
+        for parameter, tensors in stores.values():
+            state = self.state_of(parameter)
+            if state is not None:
+                yield parameter, state, tensors
 
 
 @dataclass
@@ -182,34 +207,17 @@ class ParameterState:
             together[name] = flat.view(parameter.shape)
         return together
 
+    def to_read_into(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Tensors in the parameter's shape for `absorb`: themselves, or where this rank has a share only, new ones in host memory."""
+        if self.group is None:
+            return self.tensors
+        return {name: torch.empty(parameter.shape, dtype=dtype) for name, dtype in self.dtypes.items()}
+
     def absorb(self, whole: Mapping[str, Tensor]) -> None:
         """Take this rank's share out of whole tensors."""
         if self.group is not None and self.share is not None:
             for name, tensor in self.tensors.items():
                 tensor.view(-1).copy_(whole[name].view(-1)[self.share[0] : self.share[1]])
-
-
-class _OptimiserTensors:
-    """The optimiser's tensors of this rank's parameters, whole, as boxes to write or to read into."""
-
-    def __init__(self, model: VisionLanguageModel, optimiser: ModalityOptimiser) -> None:
-        self.boxes: dict[str, Box] = {}
-        self._whole: dict[int, tuple[ParameterState, dict[str, Tensor]]] = {}
-        for tensor, local in logical_tensors(model):
-            if not isinstance(local, nn.Parameter):
-                continue
-            if id(local) not in self._whole:  # a parameter may be several logical tensors
-                state = optimiser.state_of(local)
-                if state is None:
-                    continue
-                self._whole[id(local)] = state, state.whole(local)
-            _, whole = self._whole[id(local)]
-            self.boxes |= {f"optim.{name}.{tensor.name}": box(tensor, values) for name, values in whole.items()}
-
-    def absorb(self) -> None:
-        """Hand what was read to the optimiser."""
-        for state, whole in self._whole.values():
-            state.absorb(whole)
 
 
 def _plain_state(optimiser: MegatronOptimizer, parameter: nn.Parameter, moments_dtype: torch.dtype) -> ParameterState | None:

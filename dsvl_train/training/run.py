@@ -41,13 +41,14 @@ def run(cfg: RunConfig) -> int:
 
 def _train(cfg: RunConfig, world: World) -> int:
     # these import megatron-core, which start-up has to prepare for the device first
+    from dsvl_train.checkpoints.folders import CONFIG_FILE
     from dsvl_train.interop.checks import require_same_model
-    from dsvl_train.interop.folders import CONFIG_FILE
     from dsvl_train.models.build import build_model
     from dsvl_train.models.costs import choose_division
     from dsvl_train.training import checkpoint
     from dsvl_train.training.bad_samples import BadSampleWatch
     from dsvl_train.training.callbacks import default_callbacks
+    from dsvl_train.training.callbacks.evaluation import Evaluation
     from dsvl_train.training.interrupt import StopRequest
     from dsvl_train.training.setup import build_trainable, building_place, check_processor
     from dsvl_train.training.step import TrainStep
@@ -57,7 +58,7 @@ def _train(cfg: RunConfig, world: World) -> int:
     stop = StopRequest()
     stop.install()
     run_dir = Path(cfg.run.dir)
-    resume_from = _checkpoint_to_resume(cfg, run_dir)
+    resume_from = checkpoint.prepare_resume(cfg)
     data = _open_data(cfg, world)
     check_processor(cfg.model, data.processor)
     model = build_model(cfg.model, cfg.stage, cfg.parallel, building_place(cfg, world), cfg.run.seed, choose_division(cfg))
@@ -67,7 +68,10 @@ def _train(cfg: RunConfig, world: World) -> int:
     watchdog = Watchdog(cfg.guard.hang_s, world.rank, world.size, run_dir / "log")
     train_step = TrainStep(cfg, world, model, chunks, optimiser, data.source_names, watchdog.pulse)
     bad_samples = BadSampleWatch(run_dir, cfg.data.max_bad_fraction, is_main=world.is_main)
-    trainer = Trainer(cfg, world, model, optimiser, data, train_step, default_callbacks(cfg.logging), stop, bad_samples, watchdog)
+    saver = checkpoint.Saver(cfg, world, model, optimiser)
+    evaluation = [Evaluation(cfg, world, model, watchdog.pulse, lambda: stop.requested)] if cfg.eval.every else []
+    callbacks = default_callbacks(cfg.logging, *evaluation)
+    trainer = Trainer(cfg, world, model, optimiser, data, train_step, callbacks, stop, bad_samples, watchdog, saver)
     bad_so_far = samples_seen = 0
     if resume_from is not None:
         require_same_model(cfg.model, load_run_config(resume_from / CONFIG_FILE).model, str(resume_from))
@@ -75,6 +79,7 @@ def _train(cfg: RunConfig, world: World) -> int:
         data.load_state(state.data)
         train_step.guard.load_state(state.guard)
         trainer.step, bad_so_far, samples_seen = state.step, state.bad_samples, state.samples_seen
+        trainer.totals |= state.totals
     bad_samples.start(trainer.step, bad_so_far, samples_seen, data.left_out())
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -134,14 +139,6 @@ def _data_sharing(world: World) -> Sharing | None:
         device=world.device,
         pixel_group=parallel_state.get_tensor_model_parallel_group() if holds_vision else None,
     )
-
-
-def _checkpoint_to_resume(cfg: RunConfig, run_dir: Path) -> Path | None:
-    from dsvl_train.interop import native
-
-    if cfg.resume == "none":
-        return None
-    return native.find_latest(run_dir) if cfg.resume == "auto" else native.resolve(cfg.resume)
 
 
 def _load_initial_weights(cfg: RunConfig, world: World, model: VisionLanguageModel) -> None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dsvl_train.config.schema import RunConfig
+from dsvl_train.data.bad_samples import TooManyBadSamples
 from dsvl_train.data.batch import StepBatch
 from dsvl_train.data.loader import DataPipeline
 from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.parallel.startup import World
-from dsvl_train.training import checkpoint
 from dsvl_train.training.bad_samples import BadSampleWatch
 from dsvl_train.training.callbacks import Callback, Metrics
+from dsvl_train.training.checkpoint import CheckpointError, Saver, TrainState
 from dsvl_train.training.engine import Optimiser
-from dsvl_train.training.guards import note_step
+from dsvl_train.training.guards import TrainingDiverged, note_step
 from dsvl_train.training.interrupt import StopRequest
 from dsvl_train.training.schedules import learning_rate
 from dsvl_train.training.step import BatchCounts, TrainStep
@@ -27,6 +28,12 @@ log = logging.getLogger(__name__)
 
 _SAVING_PATIENCE = 4.0
 """Saving may take so many times guard.hang_s: storage has slow hours."""
+
+TOTALS = ("tokens", "supervised_tokens", "tiles")
+"""Counts of a batch that are summed over the run."""
+
+_RAISED_BY_ALL_RANKS = (TrainingDiverged, TooManyBadSamples)
+"""Errors of a step that every rank raises in the same step, so that all of them can still do something together."""
 
 
 @dataclass
@@ -43,8 +50,11 @@ class Trainer:
     stop: StopRequest
     bad_samples: BadSampleWatch
     watchdog: Watchdog
+    saver: Saver
     step: int = 0
     """Last step done."""
+    totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
+    """Sums over all steps so far."""
 
     def __post_init__(self) -> None:
         self.run_dir = Path(self.cfg.run.dir)
@@ -66,6 +76,8 @@ class Trainer:
             with self.watchdog:
                 reason = self._loop()
         except BaseException as error:
+            if isinstance(error, _RAISED_BY_ALL_RANKS):
+                self._finish_save()
             self._tell("on_exception", error)
             raise
         self._tell("on_run_end", reason)
@@ -79,8 +91,10 @@ class Trainer:
             batch = next(batches)
             waited = time.perf_counter() - asked
             stop_requested = self._run_step(batch, waited)
-            if self._is_due(stop_requested):
-                self._save()
+            self._tell_published(self.saver.poll())
+            last = stop_requested or self.step == self.last_step
+            if last or self._is_due():
+                self._save(last)
             if stop_requested:
                 return "interrupted"
         return "finished" if self.step == self.cfg.run.max_steps else "stop_after"
@@ -90,6 +104,8 @@ class Trainer:
         metrics, counts = self.train_step(batch, rate, self.stop.requested)
         self.step = batch.step
         self.bad_samples.update(batch, counts.bad_samples)
+        for name in TOTALS:
+            self.totals[name] += getattr(counts, name)
         self.metrics = self._record(batch, metrics, counts, data_wait_s)
         if metrics["trouble"] is not None and self.is_main:
             self._note_trouble(batch)
@@ -120,22 +136,41 @@ class Trainer:
             "text_ratio": batch.text_ratio,
             "pack_fill": batch.pack_fill,
             "data_wait_s": data_wait_s,
+            "tokens_total": self.totals["tokens"],
+            "checkpoint_stall_s": self.saver.take_stall_s(),
+            "checkpoint_failures": self.saver.failures,
             "bad_samples": self.bad_samples.tally.total,
             "bad_samples_by_source": self.bad_samples.tally.by_source(),
         }
 
-    def _is_due(self, stop_requested: bool) -> bool:
+    def _is_due(self) -> bool:
         every = self.cfg.checkpoint.every
-        return stop_requested or self.step == self.last_step or (every > 0 and self.step % every == 0)
+        return every > 0 and self.step % every == 0
 
-    def _save(self) -> None:
+    def _save(self, last: bool) -> None:
         self.watchdog.pulse(self.step, "saving", patience=_SAVING_PATIENCE)
-        folder, tally = checkpoint.step_folder(self.run_dir, self.step), self.bad_samples.tally
-        state = checkpoint.TrainState(
-            self.step, self.data.state(), self.optimiser.steps_taken(), tally.total, tally.seen, self.train_step.guard.state()
+        tally = self.bad_samples.tally
+        state = TrainState(
+            self.step,
+            self.data.state(),
+            self.optimiser.steps_taken(),
+            tally.total,
+            samples_seen=tally.seen,
+            totals=dict(self.totals),
+            guard=self.train_step.guard.state(),
         )
-        checkpoint.save(folder, self.cfg, self.model, self.optimiser, state)
-        self._tell("on_checkpoint", folder)
+        self._tell_published(self.saver.save(state, last=last))
+
+    def _finish_save(self) -> None:
+        """Let a save on its way become a checkpoint before an error ends the run."""
+        try:
+            self._tell_published(self.saver.finish())
+        except CheckpointError as problem:
+            log.warning("%s", problem)
+
+    def _tell_published(self, folders: list[Path]) -> None:
+        for folder in folders:
+            self._tell("on_checkpoint", folder)
 
     def _tell(self, event: str, *args: object) -> None:
         for callback in self.callbacks:

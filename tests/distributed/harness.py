@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import subprocess
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.multiprocessing as mp
 
 
@@ -19,7 +23,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     context = mp.get_context("spawn")
     results: Any = context.SimpleQueue()
-    port = _free_port()
+    (port,) = free_ports(1)
     ranks = [
         context.Process(target=_rank_main, args=(rank, world_size, port, function, args, results), daemon=True)
         for rank in range(world_size)
@@ -32,6 +36,19 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         for process in ranks:
             process.kill()
             process.join()
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own of so many bytes."""
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def _collect(ranks: list[Any], results: Any, timeout_s: float) -> list[Any]:
@@ -74,7 +91,10 @@ def _rank_main(rank: int, world_size: int, port: int, function: Callable[..., An
         results.put((rank, False, traceback.format_exc()))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Different ports of this machine that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]

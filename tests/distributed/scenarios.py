@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 
@@ -132,3 +133,54 @@ def whole_tensors(boxes: dict[str, Any]) -> dict[str, Any]:
             target = whole.setdefault(name, torch.full(shape, float("nan")).numpy())
             target[tuple(slice(o, o + n) for o, n in zip(offset, box.shape, strict=True))] = box
     return whole
+
+
+class TinyRun:
+    """A tiny run on this rank, driven by hand."""
+
+    def __init__(self, family: str, parallel: dict[str, Any], run_dir: str, change: Any = None, **checkpoint: Any) -> None:
+        """`change`, a function, may change the configuration; `checkpoint` holds its settings of that section."""
+        from dsvl_train.parallel import startup
+        from tests.tiny import tiny_run
+
+        self.cfg = tiny_run(family, run_dir, **parallel)
+        if change is not None:
+            change(self.cfg)
+        self.cfg.data.processor = f"{run_dir}/processor"
+        for key, value in checkpoint.items():
+            setattr(self.cfg.checkpoint, key, value)
+        self.world = startup.start(self.cfg.engine, self.cfg.parallel, seed=0)
+        self.build(seed=0)
+
+    def build(self, seed: int) -> None:
+        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+        from dsvl_train.models.build import build_model
+        from dsvl_train.models.costs import choose_division
+        from dsvl_train.training import checkpoint
+        from dsvl_train.training.setup import build_trainable
+        from dsvl_train.training.step import TrainStep
+        from tests.tiny import SOURCES
+
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
+        cfg, world = self.cfg, self.world
+        self.model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed, choose_division(cfg))
+        chunks, self.optimiser = build_trainable(cfg, world, self.model)
+        self.step = TrainStep(cfg, world, self.model, chunks, self.optimiser, SOURCES)
+        self.saver = checkpoint.Saver(cfg, world, self.model, self.optimiser)
+        self.done = 0
+
+    def train(self, modalities: list[str]) -> list[float]:
+        from tests.tiny import tiny_batch
+
+        losses = []
+        for modality in modalities:
+            self.done += 1
+            batch = tiny_batch(self.cfg.model, self.done, modality, self.world.dp_rank, self.world.dp_size)  # type: ignore[arg-type]
+            losses.append(self.step(batch, self.cfg.optim.lr, stop_requested=False)[0]["loss"])
+        return losses
+
+    def save(self, *, last: bool = False) -> list[Path]:
+        from dsvl_train.training.checkpoint import TrainState
+
+        return self.saver.save(TrainState(self.done, {}, self.optimiser.steps_taken(), 0), last=last)

@@ -58,7 +58,7 @@ def train_one_step(source: str, run_dir: str, parallel: dict[str, int], policy: 
     batch = tiny_batch(cfg.model, 1, "multimodal", world.dp_rank, world.dp_size)
     metrics, _ = step(batch, cfg.optim.lr, stop_requested=False)
     state = checkpoint.TrainState(1, {}, optimiser.steps_taken(), 0)
-    checkpoint.save(checkpoint.step_folder(Path(run_dir), 1), cfg, model, optimiser, state)
+    checkpoint.Saver(cfg, world, model, optimiser).save(state, last=True)
     startup.stop()
     return [metrics["loss"], metrics["grad_norm"]]
 

@@ -15,8 +15,12 @@ from pathlib import Path
 import pytest
 from made_data import picture
 
+from dsvl_train.checkpoints.durable import FileEntry
+from dsvl_train.checkpoints.folders import find_latest, list_steps
+from dsvl_train.checkpoints.manifest import check
 from dsvl_train.data.shards import ShardWriter
 from dsvl_train.reporting.metrics import read_metrics
+from tests.distributed.harness import small_disk
 from tests.distributed.small_runs import ANSWERS, REPOSITORY, losses, make_data, overrides, start, train
 
 FULL = pytest.mark.full
@@ -86,7 +90,7 @@ def test_stop_after_and_resume_continue_the_same_loss_curve(data: Path, uninterr
 @pytest.mark.parametrize(
     "shared",
     [
-        ["optim.moments_dtype=bf16", SHARED_STATE],
+        [SHARED_STATE, "optim.moments_dtype=bf16"],
         ZERO3,
         pytest.param(ZERO1, marks=FULL),
         pytest.param([*ZERO2, "engine.offload=optimizer"], marks=FULL),
@@ -107,11 +111,7 @@ def test_ctrl_c_under_torchrun_saves_and_the_run_goes_on(data: Path, uninterrupt
     run_dir = tmp_path / "run"
     long = ["run.max_steps=8", "checkpoint.every=100"]
     process = start(overrides(data, run_dir, *long), ranks=2, torchrun=True)
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").is_file() or len(read_metrics(run_dir / "metrics.jsonl")) < 2:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_steps(process, run_dir, 2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     done = len(losses(run_dir))
@@ -154,18 +154,18 @@ def test_stages_of_both_families_run(data: Path, tmp_path: Path, family: str, st
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        (PIPELINE, []),
         ([], [*PIPELINE, "parallel.vision_division=first_stage"]),
         ([*EXPERTS, SHARED_STATE], PIPELINE),
-        (PIPELINE, [*EXPERTS, SHARED_STATE]),
         (ZERO3, []),
+        pytest.param(PIPELINE, [], marks=FULL),
+        pytest.param(PIPELINE, [*EXPERTS, SHARED_STATE], marks=FULL),
         pytest.param([], ZERO3, marks=FULL),
         pytest.param(ZERO3, ZERO1, marks=FULL),
         pytest.param(PIPELINE, ZERO2, marks=FULL),
         pytest.param(ZERO2, EXPERTS, marks=FULL),
     ],
     ids=[
-        *("from a pipeline", "to a pipeline", "from a shared optimiser", "to a shared optimiser", "from ZeRO-3", "to ZeRO-3"),
+        *("to a pipeline", "from a shared optimiser", "from ZeRO-3", "from a pipeline", "to a shared optimiser", "to ZeRO-3"),
         *("from ZeRO-3 to ZeRO-1", "from a pipeline to ZeRO-2", "from ZeRO-2 to experts apart"),
     ],
 )
@@ -246,11 +246,7 @@ def test_killing_one_rank_of_a_pipeline_ends_the_others_within_seconds(data: Pat
     """The others wait for it in a receive; the job ends and says which rank was killed."""
     run_dir = tmp_path / "run"
     process = start(overrides(data, run_dir, "run.max_steps=500", *PIPELINE), ranks=4)
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").is_file() or len(read_metrics(run_dir / "metrics.jsonl")) < 2:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_steps(process, run_dir, 2)
     ranks = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
     assert len(ranks) == 4
     os.kill(ranks[2], signal.SIGKILL)
@@ -260,6 +256,70 @@ def test_killing_one_rank_of_a_pipeline_ends_the_others_within_seconds(data: Pat
     assert process.returncode not in (0, None)
     assert "was ended by SIGKILL" in err
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_killed_run_and_a_damaged_checkpoint_cost_steps_and_nothing_else(data: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """Killed while it saves every step; then the newest checkpoint loses a bit. The end is bit for bit that of the run left alone."""
+    run_dir = tmp_path / "run"
+    settings = overrides(data, run_dir, "checkpoint.every=1")
+    process = start(settings, ranks=2)
+    wait_for_steps(process, run_dir, 4)
+    ranks = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()]
+    for pid in [process.pid, *ranks]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+    latest = find_latest(run_dir)
+    assert latest is not None and len(list_steps(run_dir)) >= 2
+    shard = sorted(latest.glob("*.safetensors"))[1]
+    data_bytes = bytearray(shard.read_bytes())
+    data_bytes[len(data_bytes) // 2] ^= 16
+    shard.write_bytes(data_bytes)
+    refused = train(settings, ranks=2)
+    assert refused.returncode == 1
+    assert f"{latest.name} is damaged: {shard.name} has changed" in refused.stderr
+    assert "checkpoint.fallback=true" in refused.stderr and "Traceback" not in refused.stderr
+
+    done = train([*settings, "checkpoint.fallback=true"], ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert f"{latest.name} is damaged" in done.stderr and "going on from step_" in done.stderr
+    assert losses(run_dir) == losses(uninterrupted)
+    assert stored_tensors(run_dir) == stored_tensors(uninterrupted)
+    assert [path.name for path in list_steps(run_dir)] == ["step_00000007", "step_00000008"]
+    assert not list((run_dir / "checkpoints").glob(".*"))
+    assert max(record["checkpoint_stall_s"] for record in read_metrics(run_dir / "metrics.jsonl")) > 0
+
+
+def test_a_disk_that_is_full_leaves_the_run_alive_or_stops_it_cleanly(data: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with small_disk(run_dir, "48m"):  # room for one checkpoint and a half; keep_last would keep two
+        settings = overrides(data, run_dir, "checkpoint.every=2", "checkpoint.retries=0")
+        done = train(settings, ranks=2)
+        assert done.returncode == 1
+        assert "step_00000004 could not be written: rank " in done.stderr and "No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert [path.name for path in (run_dir / "checkpoints").iterdir() if path.name != "latest"] == ["step_00000002"]
+        check(run_dir / "checkpoints" / "step_00000002", full=True)
+        done = train([*settings, "checkpoint.on_error=continue"], ranks=2)
+        assert done.returncode == 1, "the run's last state is nowhere"
+        assert "the last checkpoint of this run could not be written" in done.stderr
+        assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] == 8
+        assert find_latest(run_dir) == run_dir / "checkpoints" / "step_00000002"
+
+
+def stored_tensors(run_dir: Path) -> dict[str, FileEntry]:
+    """The files of tensors of the latest checkpoint, verified."""
+    latest = find_latest(run_dir)
+    assert latest is not None
+    return {name: entry for name, entry in check(latest, full=True).files.items() if name.endswith(".safetensors")}
+
+
+def wait_for_steps(process: subprocess.Popen[str], run_dir: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").is_file() or len(read_metrics(run_dir / "metrics.jsonl")) < steps:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_generate_answers_from_a_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_a_prompt_and_a_file_of_conversations_give_the_same_answers(tmp_path: Pa
 
 def test_a_checkpoint_and_its_run_folder_are_read_as_the_released_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = startup.start_alone("cpu")
+    from dsvl_train.checkpoints.manifest import manifest_of, write_manifest
     from dsvl_train.config.compose import to_yaml
     from dsvl_train.evaluation.loading import load_model
     from dsvl_train.interop import native
@@ -61,12 +62,13 @@ def test_a_checkpoint_and_its_run_folder_are_read_as_the_released_folder(tmp_pat
     loaded = load_model(MODEL, world)
     folder = tmp_path / "checkpoints" / "step_00000001"
     folder.mkdir(parents=True)
-    native.write_boxes(folder, native.model_boxes(loaded.model))
+    native.write_boxes(folder / "shard.safetensors", native.model_boxes(loaded.model))
     (folder / native.CONFIG_FILE).write_text(to_yaml(loaded.cfg))
     (folder / native.PROCESSOR_FOLDER).mkdir()
     for name in ("processor_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, folder / native.PROCESSOR_FOLDER)
     (folder / native.STATE_FILE).write_text("{}")
+    write_manifest(folder, manifest_of(folder, step=1))
     (folder.parent / native.LATEST_FILE).write_text(folder.name)
     startup.stop()
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import logging
+import resource
 import sys
 import types
 from pathlib import Path
@@ -113,6 +114,24 @@ def test_a_resumed_run_appends_and_is_not_glued_to_a_torn_line(tmp_path):
     trainer.do_step([callback], loss=1.0)
     callback.on_exception(trainer, RuntimeError())
     assert path.read_text() == '{"step": 1}\n{"step": 2, "lo\n{"step": 2, "loss": 1.0}\n'
+
+
+def test_lines_wait_in_memory_while_the_disk_is_full(tmp_path, caplog):
+    trainer, callback = Trainer(tmp_path), MetricsFile()
+    path = tmp_path / "metrics.jsonl"
+    callback.on_run_start(trainer)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70, limits[1]))
+    try:
+        for _ in range(5):
+            trainer.do_step([callback], loss=1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.stat().st_size == 70
+    assert caplog.text.count("metrics.jsonl cannot be written") == 1
+    trainer.do_step([callback], loss=1.0)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    callback.on_run_end(trainer, "finished")
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):

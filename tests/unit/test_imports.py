@@ -9,19 +9,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MAY_IMPORT = {
     "config": {"config"},
+    "checkpoints": {"checkpoints"},
     "parallel": {"parallel", "config"},
     "models": {"models", "parallel", "config"},
     "data": {"data", "config"},
-    "interop": {"interop", "models", "parallel", "config"},
-    "evaluation": {"evaluation", "interop", "models", "parallel", "data", "config"},
-    "training": {"training", "evaluation", "interop", "models", "parallel", "data", "config", "reporting", "failures"},
+    "interop": {"interop", "checkpoints", "models", "parallel", "config"},
+    "evaluation": {"evaluation", "checkpoints", "interop", "models", "parallel", "data", "config"},
+    "training": {"training", "checkpoints", "evaluation", "interop", "models", "parallel", "data", "config", "reporting", "failures"},
     "reporting": {"reporting", "config"},
     "failures": {"config"},
     "rank": {"config", "failures", "training"},
     "launcher": {"config", "failures", "rank", "training"},
     "planning": {"planning", "training", "interop", "models", "parallel", "config"},
-    "commands": {"config", "data", "evaluation", "failures", "interop", "models", "parallel", "planning"},
+    "commands": {"checkpoints", "config", "data", "evaluation", "failures", "interop", "models", "parallel", "planning"},
     "cli": {
+        "checkpoints",
         "commands",
         "config",
         "data",
@@ -96,8 +98,9 @@ def test_only_start_up_meets_the_cpu_backend_and_late() -> None:
 
 
 def test_configuration_needs_no_torch() -> None:
-    """A wrong setting is told before the slow import, and the launcher stays light."""
-    for path in [*python_files("dsvl_train/config"), *(ROOT / "dsvl_train" / f"{name}.py" for name in ("failures", "launcher", "rank"))]:
+    """A wrong setting is told before the slow import, and the launcher stays light; checkpoints are looked at without it."""
+    folders = [*python_files("dsvl_train/config"), *python_files("dsvl_train/checkpoints")]
+    for path in [*folders, *(ROOT / "dsvl_train" / f"{name}.py" for name in ("failures", "launcher", "rank"))]:
         for line, name, at_module_level in imported_modules(path):
             heavy = name.split(".")[0] in ("torch", "megatron", "transformers", "numpy")
             assert not (heavy and at_module_level), f"{path.relative_to(ROOT)}:{line} imports {name}"

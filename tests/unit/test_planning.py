@@ -21,6 +21,7 @@ from dsvl_train.parallel.pipeline_simulation import most_kept
 from dsvl_train.planning import activations
 from dsvl_train.planning.activations import Numerics
 from dsvl_train.planning.memory import plan_layout
+from dsvl_train.planning.times import step_times
 from tests.tiny import VOCAB, tiny_model, tiny_run
 
 TOLERANCE = 0.05
@@ -269,3 +270,26 @@ def test_in_flight_micro_batches_are_those_of_the_schedules() -> None:
 def test_planning_needs_no_megatron() -> None:
     program = "import sys; from dsvl_train.cli import main; main(sys.argv[1:]); assert not any('megatron' in name for name in sys.modules)"
     subprocess.run([sys.executable, "-c", program, "plan", *VL2], check=True, capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize("family", ["vl", "vl2"])
+def test_a_limit_on_the_tiles_of_a_sequence_bounds_what_is_planned_for(family: str) -> None:
+    cfg = tiny_run(family)
+    cfg.data.seq_len, cfg.data.micro_batch_size = 2048, 2
+    unlimited = plan_layout(cfg, 1)
+    cfg.data.max_tiles_per_sequence = 3
+    limited = plan_layout(cfg, 1)
+    assert limited.tiles == 6 < unlimited.tiles
+    assert limited.peak < unlimited.peak
+
+
+def test_a_run_that_mixes_modalities_is_planned_as_image_steps_of_fewer_tiles() -> None:
+    cfg = tiny_run("vl2", pp=2)
+    cfg.data.text_ratio, cfg.data.batch_size = 0.5, 8
+    times = {}
+    for grouped, ratio in ((True, 0.5), (False, 0.5), (False, 0.0)):
+        cfg.data.modality_grouping, cfg.data.text_ratio = grouped, ratio
+        plan = plan_layout(cfg, 2)
+        times[grouped, ratio] = step_times(cfg, plan.division, plan.micro_batches).average
+    assert times[False, 0.5] == pytest.approx(times[True, 0.5], rel=0.2), "half the sequences have tiles either way"
+    assert times[False, 0.5] < times[False, 0.0]

@@ -13,7 +13,7 @@ import torch
 from dsvl_train.config.schema import ParamRule, VisionConfig
 from dsvl_train.data.batch import IGNORE_INDEX
 from dsvl_train.parallel import startup
-from tests.bench import Bench, changed
+from tests.bench import Bench, changed, save
 from tests.tiny import tiny_batch, tiny_model, tiny_run
 
 
@@ -163,14 +163,10 @@ def test_text_steps_with_a_frozen_language_model_are_refused(world: startup.Worl
 def test_a_restored_run_goes_on_bit_for_bit(world: startup.World, family: str, moments: str, tmp_path: Path) -> None:
     from dsvl_train.training import checkpoint
 
-    processor = tmp_path / "processor"
-    processor.mkdir()
-    (processor / "processor_config.json").write_text("{}")
-    straight = Bench(world, family, data__processor=str(processor), optim__moments_dtype=moments)
+    straight = Bench(world, family, optim__moments_dtype=moments)
     straight.run("multimodal", "text", "text")
-    folder = checkpoint.step_folder(tmp_path, 3)
-    state = checkpoint.TrainState(3, {"cursor": 7}, straight.optimiser.steps_taken(), bad_samples=2)
-    checkpoint.save(folder, straight.cfg, straight.model, straight.optimiser, state)
+    state = checkpoint.TrainState(3, {"cursor": 7}, straight.optimiser.steps_taken(), bad_samples=2, totals={"tokens": 5})
+    folder = save(world, straight, tmp_path, state)
     expected = straight.run("multimodal", "text")
 
     restored = Bench(world, family, run__seed=99, optim__moments_dtype=moments)
@@ -184,32 +180,33 @@ def test_a_restored_run_goes_on_bit_for_bit(world: startup.World, family: str, m
 
 def test_a_checkpoint_holds_no_pickle_and_is_published_whole(world: startup.World, tmp_path: Path) -> None:
     from dsvl_train.interop import native
-    from dsvl_train.training import checkpoint
 
-    (tmp_path / "processor").mkdir()
-    bench = Bench(world, "vl", data__processor=str(tmp_path / "processor"))
-    for step in (1, 2, 3):
+    bench = Bench(world, "vl")
+    for _ in range(3):
         bench.run("text")
-        state = checkpoint.TrainState(step, {}, bench.optimiser.steps_taken(), 0)
-        checkpoint.save(checkpoint.step_folder(tmp_path, step), bench.cfg, bench.model, bench.optimiser, state)
+        folder = save(world, bench, tmp_path)
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == ["latest", "step_00000002", "step_00000003"]
-    assert native.find_latest(tmp_path) == tmp_path / "checkpoints" / "step_00000003"
-    suffixes = {path.suffix for path in (tmp_path / "checkpoints" / "step_00000003").rglob("*") if path.is_file()}
-    assert suffixes <= {".safetensors", ".json", ".yaml"}
+    assert native.find_latest(tmp_path) == folder == tmp_path / "checkpoints" / "step_00000003"
+    suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
+    assert suffixes == {".safetensors", ".json", ".yaml"}
 
 
 def test_a_missing_tensor_is_named(world: startup.World, tmp_path: Path) -> None:
     from dsvl_train.interop import native
-    from dsvl_train.training import checkpoint
 
-    (tmp_path / "processor").mkdir()
-    bench = Bench(world, "vl", data__processor=str(tmp_path / "processor"))
-    folder = checkpoint.step_folder(tmp_path, 1)
-    checkpoint.save(folder, bench.cfg, bench.model, bench.optimiser, checkpoint.TrainState(1, {}, bench.optimiser.steps_taken(), 0))
+    folder = save(world, Bench(world, "vl"), tmp_path)
     other = Bench(world, "vl2")
-    with pytest.raises(ValueError, match=r"cannot read .*step_00000001.*(adaptor|language|vision)\."):
+    with pytest.raises(ValueError, match=r"cannot read .*step_00000000.*(adaptor|language|vision)\."):
         native.load_weights(folder, other.model)
+
+
+def test_steps_draw_no_random_numbers(world: startup.World) -> None:
+    """So a checkpoint needs no state of a generator."""
+    bench = Bench(world, "vl2")
+    before = torch.get_rng_state()
+    bench.run("multimodal", "text")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_initial_weights_depend_on_the_seed_and_the_name(world: startup.World) -> None:
@@ -232,9 +229,8 @@ def test_bf16_keeps_fp32_main_weights_and_resumes(world: startup.World, family: 
     """The CUDA default, run here on the CPU: losses near fp32's, main weights finer than bf16, and a restored run bit-equal."""
     from dsvl_train.training import checkpoint
 
-    (tmp_path / "processor").mkdir()
     half = replace(world, params_dtype=torch.bfloat16)
-    bench, reference = Bench(half, family, data__processor=str(tmp_path / "processor")), Bench(world, family)
+    bench, reference = Bench(half, family), Bench(world, family)
     got, want = (b.run("multimodal", "text", "multimodal") for b in (bench, reference))
     assert [r["loss"] for r in got] == pytest.approx([r["loss"] for r in want], rel=0.02)
     weight = bench.model.language.language.output_layer.weight
@@ -244,8 +240,7 @@ def test_bf16_keeps_fp32_main_weights_and_resumes(world: startup.World, family: 
     assert not torch.equal(main, weight.float())
     torch.testing.assert_close(main.to(torch.bfloat16), weight.detach(), rtol=0, atol=0)
 
-    folder = checkpoint.step_folder(tmp_path, 3)
-    checkpoint.save(folder, bench.cfg, bench.model, bench.optimiser, checkpoint.TrainState(3, {}, bench.optimiser.steps_taken(), 0))
+    folder = save(half, bench, tmp_path)
     restored = Bench(half, family, run__seed=5)
     checkpoint.load(folder, restored.model, restored.optimiser)
     restored.done = bench.done
