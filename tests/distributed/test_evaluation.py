@@ -79,8 +79,9 @@ def evaluate_tiny(family: str, parallel: dict[str, Any], folder: Path, tasks: di
     cfg.eval = EvalConfig(every=1, tasks=tasks, text=f"{folder}/text.jsonl", max_new_tokens=6, tokens_at_once=70)
     world = startup.start(cfg.engine, cfg.parallel, seed=0)
     from dsvl_train.models.build import build_model
+    from dsvl_train.models.costs import choose_division
     from dsvl_train.training.callbacks.evaluation import Evaluation, undisturbed
-    from dsvl_train.training.setup import build_trainable, choose_division
+    from dsvl_train.training.setup import build_trainable
 
     model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=0, division=choose_division(cfg))
     chunks, _ = build_trainable(cfg, world, model)
@@ -141,14 +142,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-def test_training_goes_on_as_if_there_had_been_no_evaluation(data: Path, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine", [[], ["engine=deepspeed", "engine.zero_stage=3", "engine.zero_keep_whole=1000"]], ids=["megatron", "deepspeed"]
+)
+def test_training_goes_on_as_if_there_had_been_no_evaluation(data: Path, folder: Path, tmp_path: Path, engine: list[str]) -> None:
     """Bit for bit, on two ranks, through a stop and a resumption."""
     tasks = write_tasks(folder)
     evaluate = ["eval.every=3", f"eval.text={folder}/text.jsonl", "eval.max_new_tokens=4"]
     evaluate += [f"+eval.tasks.{name}={tasks[name]}" for name in ("choices", "sources", "answers")]
     for name, parts in (("plain", [[]]), ("evaluated", [[*evaluate, "run.stop_after=4"], evaluate])):
         for part in parts:
-            done = train(overrides(data, tmp_path / name, *part), ranks=2)
+            done = train(overrides(data, tmp_path / name, *engine, *part), ranks=2)
             assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "plain") == losses(tmp_path / "evaluated")
     records = read_metrics(tmp_path / "evaluated" / "metrics.jsonl")
