@@ -100,6 +100,13 @@ def test_overrides_reach_settings_that_no_yaml_mentions() -> None:
     assert (config.model.language.init_std, config.run.stop_after, config.resume) == (0.01, 7, "none")
 
 
+def test_tasks_of_an_evaluation_are_named_in_overrides() -> None:
+    config = compose_run(["recipe=demo_vl2/sft", "eval=demo", "eval.tasks.mmlu=mmlu:/data/mmlu/test", "~eval.tasks.words", "eval.limit=9"])
+    assert config.eval.tasks == {"digits": "runs/demo/data/eval/digits.jsonl", "mmlu": "mmlu:/data/mmlu/test"}
+    assert (config.eval.every, config.eval.limit, config.eval.options) == (100, 9, "text")
+    validate(config, world_size=1)
+
+
 def test_sources_can_be_added_and_removed() -> None:
     added = "data.sources.mine={kind: shards, path: /a, modality: multimodal}"
     config = compose_run([VL2, added, "~data.sources.pretrain", "+data.sources.text.weight=2"])
@@ -293,6 +300,9 @@ def test_config_yaml_that_does_not_fit_is_refused(tmp_path: Path, vl2: RunConfig
         ({"optim__schedule__milestones": [0.75, 0.5]}, "optim.schedule.milestones", "rising fractions"),
         ({"optim__schedule__milestones": [0.5, 1.5]}, "optim.schedule.milestones", "rising fractions"),
         ({"optim__schedule__factors": [0.5, -0.1]}, "optim.schedule.factors", "not be negative"),
+        ({"eval__every": -1}, "eval.every", "at least 0"),
+        ({"eval__every": 5}, "eval.every, eval.tasks, eval.text", "nothing to evaluate"),
+        ({"eval__tasks": {"a/b": "c.jsonl"}}, "eval.tasks", "without slashes"),
         ({"engine__timeout_s": 0}, "engine.timeout_s", "at least 1"),
         ({"engine__zero_stage": 4}, "engine.zero_stage", "0, 1, 2 or 3"),
         ({"engine__device": "cpu", "engine__precision": "bf16"}, "engine.precision", "bf16 needs CUDA"),
