@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add(commands)
     chain.add(commands)
     arguments, others = parser.parse_known_args(argv)
-    if arguments.command == plan.NAME and not any(one.startswith("-") for one in others):
+    if arguments.command in (plan.NAME, chain.NAME) and not any(one.startswith("-") for one in others):
         arguments.overrides += others  # argparse takes positional arguments in one stretch only
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")

@@ -7,7 +7,6 @@ left as they are, and the run that was stopped resumes.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import signal
 import subprocess
@@ -17,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from dsvl_train.checkpoints.folders import STATE_FILE, find_latest
+from dsvl_train.checkpoints.folders import find_latest, step_of
+from dsvl_train.checkpoints.manifest import DamagedCheckpointError
 from dsvl_train.config.compose import CONF_DIR, compose_run
 from dsvl_train.config.errors import ConfigError
 from dsvl_train.config.names import nearest_name
@@ -26,6 +26,7 @@ from dsvl_train.config.schema import RunConfig
 from dsvl_train.config.validate import validate
 from dsvl_train.failures import DONE, STOP_SIGNALS
 
+NAME = "chain"
 ORDER = ("lm", "align", "pretrain", "sft")
 """Stages of any family, in the order in which they follow one another."""
 PER_STAGE = ("recipe", "run.dir", "init.from")
@@ -42,9 +43,12 @@ class Stage:
 
     @property
     def steps_done(self) -> int:
-        """Step of the run folder's latest checkpoint; 0 without one."""
-        latest = find_latest(Path(self.config.run.dir))
-        return 0 if latest is None else int(json.loads((latest / STATE_FILE).read_text(encoding="utf-8"))["step"])
+        """Step of the run folder's latest checkpoint; 0 without one, or if it is damaged: the run knows from which other one to go on."""
+        try:
+            latest = find_latest(Path(self.config.run.dir))
+        except DamagedCheckpointError:
+            return 0
+        return 0 if latest is None else step_of(latest) or 0
 
     @property
     def finished(self) -> bool:
@@ -54,7 +58,7 @@ class Stage:
 def add(commands: argparse._SubParsersAction) -> None:
     """Declare the subcommand."""
     parser = commands.add_parser(
-        "chain",
+        NAME,
         help="run the stages of a family one after another, each from the last one's weights",
         description="Runs recipe=FAMILY/STAGE for every stage of a family, in ROOT/STAGE, from the weights of the stage before. The same "
         "command goes on after an interruption. Exit code: that of the stage that did not end well, else 0.",

@@ -376,10 +376,6 @@ def _check_deepspeed(config: RunConfig) -> None:
     if parallel.distributed_optimizer:
         rule = "is Megatron's; every ZeRO stage of the deepspeed engine shares the optimiser's state out"
         raise ConfigError("parallel.distributed_optimizer", rule, value=True, fix="parallel.distributed_optimizer=false")
-    if config.eval.every and config.engine.zero_stage == 3:
-        rule = "evaluation in the loop needs whole weights on every rank, which engine.zero_stage=3 does not keep"
-        fix = "eval.every=0 (and dsvl eval on the checkpoints), or engine.zero_stage=2"
-        raise ConfigError("eval.every, engine.zero_stage", rule, value=(config.eval.every, 3), fix=fix)
     if config.optim.update_idle:
         rule = "the deepspeed engine cannot step parameters that a step does not reach"
         raise ConfigError("optim.update_idle", rule, value=True, fix="optim.update_idle=false or engine=megatron")

@@ -74,9 +74,11 @@ def relaxed_number(answer: str, truth: str, tolerance: float = 0.05) -> float:
 def last_number(answer: str, truth: str) -> float:
     """1 when the last number in the answer is the truth, which is a number (GSM8K). Thousands separators are dropped; a sentence mark
     after the number is not taken for a decimal point. A truth that is no number must match exactly."""
-    wanted = _number(truth)
+    wanted, given = _number(truth), _number(answer)
     if wanted is None:
         return exact_match(answer, truth)
+    if given is not None:
+        return float(given == wanted)
     found = _NUMBERS_IN_TEXT.findall(unicodedata.normalize("NFKC", answer))
     return float(bool(found) and float(found[-1].replace(",", "")) == wanted)
 

@@ -31,6 +31,7 @@ from dsvl_train.interop.native import Box, box
 from dsvl_train.models.logical import LogicalTensor, logical_tensors
 from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.parallel.startup import World
+from dsvl_train.training.adamw import zero_state
 from dsvl_train.training.engine import MAIN, MOMENTS
 
 _WEIGHT = "weight"
@@ -66,6 +67,23 @@ class ZeroChunk:
         """Say whether the coming backward pass completes the step's gradients."""
         if self._engine is not None and self.trains:
             self._engine.set_gradient_accumulation_boundary(last)
+
+    @property
+    def _partitioning(self) -> Any | None:
+        """What gathers weights as modules run, and lets them go again; None where weights are whole."""
+        optimiser = None if self._engine is None else self._engine.optimizer
+        return getattr(optimiser, "parameter_offload", None if self.trains else optimiser)
+
+    def stop_partitioning(self) -> None:
+        """Let weights be as they are when modules run."""
+        if (partitioning := self._partitioning) is not None:
+            partitioning._remove_module_hooks()
+            partitioning.forward_hooks, partitioning.backward_hooks = [], []
+
+    def go_on_partitioning(self) -> None:
+        """Gather weights as modules run again."""
+        if (partitioning := self._partitioning) is not None:
+            partitioning.setup_zero_stage3_hooks()
 
     def zero_grad_buffer(self) -> None:
         """Forget the gradients of the step before: ZeRO-3 keeps those of parameters that the coming step does not reach."""
@@ -144,6 +162,24 @@ class ZeroOptimiser:
     def steps_taken(self) -> dict[str, int]:
         """Updates of the `vision` and the `language` part so far; they differ by the text steps."""
         return dict(self._updates)
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """A context in which the model may be used outside of a step, and not by all ranks in step; every rank enters it.
+
+        Under ZeRO-3 every rank holds all weights meanwhile.
+        """
+        from deepspeed import zero
+
+        for chunk in self.chunks.values():
+            chunk.stop_partitioning()
+        parameters = [parameter for chunk in self.chunks.values() for parameter in chunk.module.parameters()]
+        try:
+            with zero.GatheredParameters(parameters):
+                yield
+        finally:
+            for chunk in self.chunks.values():
+                chunk.go_on_partitioning()
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -404,7 +440,6 @@ def _create_state(adam: torch.optim.AdamW, zero: Any) -> None:
     if partitions is None:
         partitions = [partition for group in adam.param_groups for partition in group["params"]]
     for partition in partitions:
-        moments = {moment: torch.zeros_like(partition) for moment in MOMENTS}
-        adam.state[partition] = {"step": torch.zeros((), device=partition.device)} | moments
+        adam.state[partition] = zero_state(partition, adam.defaults, torch.float32)
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()

@@ -64,6 +64,10 @@ class Optimiser(Protocol):
         """Updates of the `vision` and the `language` part so far; they differ by the text steps."""
         ...
 
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """A context in which the model may be used outside of a step, and not by all ranks in step; every rank enters it."""
+        ...
+
     def boxes(self, model: VisionLanguageModel) -> Iterator[tuple[str, Box]]:
         """Weights, buffers and the optimiser's state that this rank can write, by stored name. A box is good until the next one is asked;
         every rank goes through all of it, since tensors are put together on the way."""

@@ -7,7 +7,7 @@ their weights; here each chunk has optimisers of its own, and a text step runs t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,6 +142,10 @@ class ModalityOptimiser:
             for optimiser in optimisers:
                 if steps[_part(name)] and not optimiser.is_stub_optimizer:
                     _create_state(optimiser.optimizer, steps[_part(name)], self.moments_dtype)
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """A context in which the model may be used outside of a step: always, its weights being where they are."""
+        return nullcontext()
 
     def boxes(self, model: VisionLanguageModel) -> Iterator[tuple[str, Box]]:
         """Weights, buffers and the optimiser's state of this rank by stored name; every rank goes through all of it.

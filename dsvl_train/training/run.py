@@ -69,8 +69,10 @@ def _train(cfg: RunConfig, world: World) -> int:
     train_step = TrainStep(cfg, world, model, chunks, optimiser, data.source_names, watchdog.pulse)
     bad_samples = BadSampleWatch(run_dir, cfg.data.max_bad_fraction, is_main=world.is_main)
     saver = checkpoint.Saver(cfg, world, model, optimiser)
-    evaluation = [Evaluation(cfg, world, model, watchdog.pulse, lambda: stop.requested)] if cfg.eval.every else []
-    callbacks = default_callbacks(cfg.logging, *evaluation)
+    callbacks = default_callbacks(cfg.logging)
+    if cfg.eval.every:
+        evaluation = Evaluation(cfg, world, model, watchdog.pulse, lambda: stop.requested, optimiser.whole_weights)
+        callbacks = default_callbacks(cfg.logging, evaluation)
     trainer = Trainer(cfg, world, model, optimiser, data, train_step, callbacks, stop, bad_samples, watchdog, saver)
     bad_so_far = samples_seen = 0
     if resume_from is not None:

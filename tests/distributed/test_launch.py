@@ -62,6 +62,7 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run_dir / "metrics.jsonl")]
 
 
+@pytest.mark.timeout(900)
 def test_a_chain_stopped_in_stage_2_goes_on_with_the_same_command(data: Path, tmp_path: Path) -> None:
     """Four ranks, TP 2 x PP 2. Stage 3 learns at a rate of nearly nothing, so that its weights must be those of stage 2."""
     chain = [sys.executable, "-m", "dsvl_train.cli", "chain", FAMILY, "shrink=tiny", f"data.root={data}", "launch.nproc=4"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import pytest
 
+from dsvl_train.checkpoints.folders import STATE_FILE, step_folder
+from dsvl_train.checkpoints.manifest import manifest_of, write_manifest
+from dsvl_train.checkpoints.publication import point_latest
 from dsvl_train.cli import main
 from dsvl_train.commands import chain
 
@@ -35,15 +37,23 @@ def test_some_stages_take_up_from_the_one_before() -> None:
     assert [stage.name for stage in planned("demo_vl", "--stages", "sft,lm")] == ["lm", "sft"]
 
 
+def test_settings_may_stand_before_and_after_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chain", "demo_vl", "run.max_steps=1", "--stages=lm", "parallel.tp=3"]) == 2
+    assert "stage lm: parallel.tp" in capsys.readouterr().err
+
+
 def test_finished_is_read_from_the_checkpoint(tmp_path: Path) -> None:
     (stage,) = planned("demo_vl", "run.max_steps=5", "--stages=lm", f"--root={tmp_path}")
     assert (stage.steps_done, stage.finished) == (0, False)
     for step in (4, 5):
-        folder = tmp_path / "lm" / "checkpoints" / f"step_{step}"
+        folder = step_folder(tmp_path / "lm", step)
         folder.mkdir(parents=True)
-        (folder / "state.json").write_text(json.dumps({"step": step}))
-        (folder.parent / "latest").write_text(folder.name)
+        (folder / STATE_FILE).write_text("{}")
+        write_manifest(folder, manifest_of(folder, step))
+        point_latest(folder)
         assert (stage.steps_done, stage.finished) == (step, step == 5)
+    (folder / STATE_FILE).unlink()
+    assert not stage.finished, "a run that goes on from an earlier checkpoint has steps to do again"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +65,7 @@ def test_finished_is_read_from_the_checkpoint(tmp_path: Path) -> None:
         (["demo_vl", "init.from=x"], ["init.from=x", "--set STAGE:init.from=x"]),
         (["demo_vl", "--set=sft.optim.lr=1"], ["--set sft.optim.lr=1", "STAGE:KEY=VALUE"]),
         (["demo_vl", "--set=sft:optim.lrr=1"], ["stage sft", "optim.lrr", "optim.lr"]),
-        (["demo_vl", "parallel.tp=3"], ["stage lm", "parallel.tp"]),
+        (["demo_vl", "--stages=lm", "parallel.tp=3"], ["stage lm", "parallel.tp"]),
         (["demo_vl", "shrink=tiny", "--launcher=/no/such/command"], ["--launcher /no/such/command"]),
     ],
 )

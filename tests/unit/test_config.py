@@ -101,6 +101,13 @@ def test_overrides_reach_settings_that_no_yaml_mentions() -> None:
     assert (config.model.language.init_std, config.run.stop_after, config.resume) == (0.01, 7, "none")
 
 
+def test_tasks_of_an_evaluation_are_named_in_overrides() -> None:
+    config = compose_run(["recipe=demo_vl2/sft", "eval=demo", "eval.tasks.mmlu=mmlu:/data/mmlu/test", "~eval.tasks.words", "eval.limit=9"])
+    assert config.eval.tasks == {"digits": "runs/demo/data/eval/digits.jsonl", "mmlu": "mmlu:/data/mmlu/test"}
+    assert (config.eval.every, config.eval.limit, config.eval.options) == (100, 9, "text")
+    validate(config, world_size=1)
+
+
 def test_sources_can_be_added_and_removed() -> None:
     added = "data.sources.mine={kind: shards, path: /a, modality: multimodal}"
     config = compose_run([VL2, added, "~data.sources.pretrain", "+data.sources.text.weight=2"])
@@ -198,12 +205,8 @@ def test_one_lost_letter_finds_the_key_again(key: str, data: st.DataObject) -> N
     place = data.draw(st.integers(0, len(name) - 1))
     mistyped = key[: len(key) - len(name)] + name[:place] + name[place + 1 :]
     if len(name) > 4 and matching_key(mistyped) is None:
-        assert mistyped in _with_a_letter_less(nearest_key(mistyped))  # of qk_rope_dim and qk_nope_dim, qk_ope_dim is as near to both
-
-
-def _with_a_letter_less(key: str) -> list[str]:
-    start = key.rfind(".") + 1
-    return [key[:place] + key[place + 1 :] for place in range(start, len(key))]
+        found = nearest_key(mistyped)
+        assert found == key or any(found[:i] + found[i + 1 :] == mistyped for i in range(len(found)))  # as near: qk_ope_dim is two keys'
 
 
 # --------------------------------------------------------------------------------------------------------------------- round trip
@@ -299,6 +302,9 @@ def test_config_yaml_that_does_not_fit_is_refused(tmp_path: Path, vl2: RunConfig
         ({"optim__schedule__milestones": [0.75, 0.5]}, "optim.schedule.milestones", "rising fractions"),
         ({"optim__schedule__milestones": [0.5, 1.5]}, "optim.schedule.milestones", "rising fractions"),
         ({"optim__schedule__factors": [0.5, -0.1]}, "optim.schedule.factors", "not be negative"),
+        ({"eval__every": -1}, "eval.every", "at least 0"),
+        ({"eval__every": 5}, "eval.every, eval.tasks, eval.text", "nothing to evaluate"),
+        ({"eval__tasks": {"a/b": "c.jsonl"}}, "eval.tasks", "without slashes"),
         ({"engine__timeout_s": 0}, "engine.timeout_s", "at least 1"),
         ({"engine__zero_stage": 0}, "engine.zero_stage", "1, 2 or 3"),
         ({"engine__zero_keep_whole": -1}, "engine.zero_keep_whole", "at least 0"),

@@ -52,6 +52,7 @@ weight decay          | 0.1    | 0.1      | 0.1     | 0.1    | 0.1      | 0.1   
 gradient clip         | 1.0    | 1.0      | 1.0     | 1.0    | 1.0      | 1.0     | 1.0    | 1.0      | 1.0
 beta 1                | 0.9    | 0.9      | 0.9     | 0.9    | 0.9      | 0.9     | 0.9    | 0.9      | 0.9
 beta 2                | 0.95   | 0.95     | 0.95    | 0.95   | 0.95     | 0.95    | 0.95   | 0.95     | 0.95
+bf16 optimizer        | no     | no       | no      | no     | no       | no      | yes    | yes      | yes
 aux loss weight       | 0.001  | 0.001    | 0.001   | 0.001  | 0.001    | 0.001   | 0.0001 | 0.0001   | 0.0001
 expert bias step      | -      | -        | -       | -      | -        | -       | 0      | 0.001    | 0
 training tokens       | 2.0    | 798.5    | 19.5    | 2.0    | 808.9    | 20.0    | 2.0    | 796.5    | 19.5
@@ -158,6 +159,7 @@ READ: dict[str, Callable[[RunConfig], Any]] = {
     "sequence length": text_tokens_of_a_sequence,
     "sequence packing": lambda c: c.data.packing,
     "pipeline parallelism": lambda c: c.parallel.pp > 1,
+    "bf16 optimizer": lambda c: c.optim.moments_dtype == "bf16",
     "aux loss weight": lambda c: c.stage.aux_loss_weight,
     "expert bias step": lambda c: c.stage.expert_bias_rate if c.model.language.moe.expert_bias else "-",  # type: ignore[union-attr]
 }

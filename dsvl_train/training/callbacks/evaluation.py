@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,7 @@ class Evaluation(Callback):
     Args:
         pulse: told, with the step, what begins.
         wants_stop: whether this rank was asked to stop.
+        whole_weights: a context for the model's use, from the optimiser that trains it.
 
     Raises:
         ConfigError: a task or text cannot be used; every rank makes the tensors of its items once to know.
@@ -54,8 +55,9 @@ class Evaluation(Callback):
         model: VisionLanguageModel,
         pulse: Callable[[int, str], None],
         wants_stop: Callable[[], bool],
+        whole_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._step = 0
+        self._step, self._whole_weights = 0, whole_weights
         processor = open_processor(replace(cfg.data, mask_prompt=True))
         ranks = Ranks(world, cfg.parallel, lambda phase: pulse(self._step, phase), wants_stop)
         loaded = LoadedModel(cfg, world, model, processor)
@@ -72,7 +74,7 @@ class Evaluation(Callback):
             return
         self._step, started = trainer.step, time.perf_counter()
         try:
-            with undisturbed(self._evaluator.loaded.model):
+            with self._whole_weights(), undisturbed(self._evaluator.loaded.model):
                 results = {name: self._evaluator.run(name, task) for name, task in self._tasks.items()}
                 text = self._evaluator.bits_per_byte(self._texts) if self._texts else None
         except EvaluationStopped:
