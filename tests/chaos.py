@@ -17,6 +17,7 @@ losses, and the order of samples that these depend on, of the run that nobody ki
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -33,8 +34,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit")]
-
-import contextlib
 
 from safetensors.numpy import load_file  # noqa: E402
 
