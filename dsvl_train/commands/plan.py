@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dsvl_train.config.schema import ParallelConfig
 
 if TYPE_CHECKING:
-    from dsvl_train.config.schema import RunConfig
+    from dsvl_train.config.schema import LaunchConfig, RunConfig
     from dsvl_train.planning.memory import LayoutPlan
     from dsvl_train.planning.search import Change, Found
 
@@ -33,8 +33,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="recipe and settings, as train.py takes them")
     parser.add_argument("--world", type=int, help="processes, one per device (default: launch.nproc, else the recipe's cluster, else one)")
-    parser.add_argument("--nodes", type=int, help="machines, with --gpus")
-    parser.add_argument("--gpus", type=int, help="devices of a machine")
+    parser.add_argument("--nodes", type=int, help="machines, instead of --world")
+    parser.add_argument("--gpus", type=int, help="devices of a machine (default: launch.gpus_per_node)")
     parser.add_argument("--device-memory", type=float, default=DEVICE_GIB, metavar="GIB", help=f"of a device (default {DEVICE_GIB:g})")
     parser.add_argument("--usable", type=float, default=USABLE, help=f"share of it that the run may take (default {USABLE:g})")
     parser.add_argument("--tiles", type=float, help="tiles of a micro-batch (default: as many as its tokens can hold)")
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     cfg = compose_run(arguments.overrides)
     if cfg.engine.name != "megatron":
         raise ConfigError("engine", "dsvl plan knows what Megatron's engine holds", value=cfg.engine.name, fix="engine=megatron")
-    world_size = _world_size(arguments) or cfg.launch.processes
+    world_size = _world_size(arguments, cfg.launch)
     validate(cfg, world_size)
     if arguments.measure:
         _measure(cfg, Path(arguments.measure))
@@ -99,16 +99,17 @@ def _measure(cfg: RunConfig, path: Path) -> None:
     stop()
 
 
-def _world_size(arguments: argparse.Namespace) -> int | None:
-    given = (arguments.nodes, arguments.gpus)
-    if arguments.world is not None and given != (None, None):
+def _world_size(arguments: argparse.Namespace, launch: LaunchConfig) -> int:
+    if arguments.world is not None and (arguments.nodes, arguments.gpus) != (None, None):
         raise ValueError("give --world, or --nodes and --gpus, not both")
-    if (arguments.nodes is None) != (arguments.gpus is None):
-        raise ValueError("--nodes and --gpus belong together")
-    size = arguments.nodes * arguments.gpus if arguments.nodes is not None else arguments.world
-    if size is not None and size < 1:
+    if arguments.gpus is not None and arguments.nodes is None:
+        raise ValueError("--gpus belongs to --nodes")
+    size = launch.processes if arguments.world is None else arguments.world
+    if arguments.nodes is not None:
+        size = arguments.nodes * (launch.gpus_per_node if arguments.gpus is None else arguments.gpus)
+    if size < 1:
         raise ValueError(f"{size} processes: there must be at least 1")
-    return size
+    return int(size)
 
 
 def _verdict(plan: LayoutPlan, limit: float, arguments: argparse.Namespace, found: Found | None) -> str:

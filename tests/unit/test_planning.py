@@ -235,7 +235,7 @@ def test_every_parameter_is_planned_once(capsys: pytest.CaptureFixture[str]) -> 
     [
         (["parallel.tp=3", "--world", "3"], "parallel.tp"),
         (["--world", "2", "--nodes", "2", "--gpus", "1"], "not both"),
-        (["--nodes", "2"], "belong together"),
+        (["--gpus", "2"], "belongs to --nodes"),
         (["--world", "0"], "at least 1"),
         (["--usable", "1.5"], "--usable"),
         (["--tiles", "-1"], "--tiles"),
