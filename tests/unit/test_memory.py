@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsvl_train.parallel import startup
-from tests.bench import Bench, SavedActivations
+from tests.bench import Bench, SavedActivations, save
 from tests.tiny import tiny_batch, tiny_run
 
 
@@ -104,11 +104,9 @@ def test_a_large_parameter_is_updated_in_parts(monkeypatch: pytest.MonkeyPatch) 
 def test_a_checkpoint_is_read_into_moments_of_another_precision(world: startup.World, saved: str, loaded: str, tmp_path: Path) -> None:
     from dsvl_train.training import checkpoint
 
-    (tmp_path / "processor").mkdir()
-    first = Bench(world, "vl2", data__processor=str(tmp_path / "processor"), optim__moments_dtype=saved)
+    first = Bench(world, "vl2", optim__moments_dtype=saved)
     first.run("multimodal", "text")
-    folder = checkpoint.step_folder(tmp_path, 2)
-    checkpoint.save(folder, first.cfg, first.model, first.optimiser, checkpoint.TrainState(2, {}, first.optimiser.steps_taken(), 0))
+    folder = save(world, first, tmp_path)
     then = Bench(world, "vl2", run__seed=5, optim__moments_dtype=loaded)
     checkpoint.load(folder, then.model, then.optimiser)
     before, after = moments_of(first), moments_of(then)
