@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,9 @@ def spoil(step: Any, faults: dict[int, str]) -> None:
     step._loss, step.guard.judge, step._pulse = spoiled_loss, spoiled_judge, note_step
 
 
-def of_vision(boxes: dict[str, Any]) -> dict[str, Any]:
+def of_vision(boxes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Copies of this rank's tensors of encoder and adaptor, the optimiser's among them."""
-    return {name: box.local.clone() for name, box in boxes.items() if ".vision." in name or ".adaptor." in name}
+    return {name: box.local.clone() for name, box in boxes if ".vision." in name or ".adaptor." in name}
 
 
 def watch_encoder_gradients(hidden_size: int) -> list[tuple[int, ...]]:
@@ -117,14 +118,12 @@ def count_encoded(parallel: dict[str, Any], tiles_mr: list[list[int]]) -> dict[s
     return {"encoded": sum(encoded), "loss": metrics["loss"], "tile_imbalance_encoded": metrics.get("tile_imbalance_encoded")}
 
 
-def whole_tensors(boxes: dict[str, Any]) -> dict[str, Any]:
+def whole_tensors(boxes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Weights (by their logical name) and the optimiser's tensors, put together from all ranks, as numpy arrays."""
     import torch
     import torch.distributed as dist
 
-    mine = [
-        (name.removeprefix("model."), box.whole, box.offset, box.local.to(torch.float32, copy=True).numpy()) for name, box in boxes.items()
-    ]
+    mine = [(name.removeprefix("model."), box.whole, box.offset, box.local.to(torch.float32, copy=True).numpy()) for name, box in boxes]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     whole: dict[str, Any] = {}
