@@ -94,7 +94,7 @@ def _run(config: RunConfig) -> int:
         from submitit.helpers import TorchDistributedEnvironment
 
         handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
         try:
             return start(config)
         finally:

@@ -1,4 +1,4 @@
-"""Reporting: reads run folders and evaluation files, writes one self-contained HTML page. Imports nothing of the package but `config`."""
+"""Reporting: reads run folders and evaluation files, writes a self-contained HTML page. Imports nothing of the package but `config`."""
 
 from dsvl_train.reporting.metrics import read_metrics
 from dsvl_train.reporting.page import parse_evaluations, report

@@ -166,7 +166,7 @@ def _page(folder: Path, runs: Sequence[Run], varied: Sequence[str], table: Sweep
     figures = Figures()
     name = folder.resolve().name
     finished = sum(_status(run) == "finished" for run in runs)
-    model = str(next((name for run in runs if (name := run.setting("model.name"))), ""))
+    model = str(next((found for run in runs if (found := run.setting("model.name"))), ""))
     subtitle = ", ".join(part for part in (model, f"{len(runs)} points", f"{finished} finished") if part)
     more = f" {len(varied) - _SETTINGS_SHOWN} more settings differ between the points." if len(varied) > _SETTINGS_SHOWN else ""
     pictures = "".join(
