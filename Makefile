@@ -3,6 +3,7 @@
 # test    ruff, then all tests; ends with a line that counts them. test-quick leaves the multi-process ones out,
 #         test-full adds the whole matrix of layouts (about an hour on 4 cores)
 # fuzz    ten thousand corrupted shards against the reader; the tests run a thousand
+# chaos   fifty kills of a small job, which must end with the bits of a job that nobody killed
 # lint    ruff and the type checker; format rewrites the files as ruff likes them
 # bench   everything timed
 # clean   remove caches and builds; runs/ and .venv stay
@@ -19,7 +20,7 @@ ROOT ?= runs/demo
 PYTHON ?= $(shell for python in python3.11 python3.12 python3 python; do \
 	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo "$$python" && break; done)
 
-.PHONY: setup demo test test-quick test-full fuzz lint format bench clean
+.PHONY: setup demo test test-quick test-full fuzz chaos lint format bench clean
 
 setup: $(STAMP)
 
@@ -47,6 +48,9 @@ test-full: setup
 
 fuzz: setup
 	@$(BIN)/python -m tests.fuzz_shards --shards 10000
+
+chaos: setup
+	@$(BIN)/python -m tests.chaos --kills 50
 
 lint: setup
 	@$(BIN)/ruff check .

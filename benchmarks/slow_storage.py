@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -155,7 +156,8 @@ def main() -> None:
                 "--steps",
                 str(arguments.steps),
             ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+            environment = os.environ | {"OMP_WAIT_POLICY": "passive"}  # torch's threads would take the cores that the reading threads need
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
             if done.returncode:
                 raise SystemExit(done.stderr)
             result = json.loads(done.stdout.splitlines()[-1])

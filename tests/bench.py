@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,31 @@ import torch
 
 from dsvl_train.parallel import startup
 from tests.tiny import SOURCES, tiny_batch, tiny_run
+
+
+class SavedActivations:
+    """A context that counts what autograd keeps for the backward pass, `without` some tensors (the parameters)."""
+
+    def __init__(self, without: Iterable[torch.Tensor] = ()) -> None:
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in without}
+        self._kept: list[torch.Tensor] = []
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._kept.append(tensor.detach())
+        return tensor
+
+    def __enter__(self) -> SavedActivations:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def nbytes(self) -> int:
+        """Bytes that are held now; Megatron empties some storages after they were saved."""
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self._kept}
+        return sum(size for place, size in storages.items() if place not in self._known)
 
 
 class Bench:

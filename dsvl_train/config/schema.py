@@ -231,6 +231,8 @@ class DataConfig:
     """True: a sequence is a pack of samples up to seq_len tokens. False: a sequence is one sample."""
     batch_size: int
     """Sequences of a global batch."""
+    root: str = "data"
+    """Folder or URL with a folder per source, for mixtures that say so (`${data.root}/…` in conf/data/vl and conf/data/vl2)."""
     micro_batch_size: int = 1
     """Sequences computed at once on one rank; they are laid end to end, so none is padded for another's length."""
     text_ratio: float = 0.0
@@ -318,6 +320,8 @@ class ParallelConfig:
     exchange of tokens between expert parallel ranks."""
     vision_recompute: bool = False
     """Keep only the input of each block of the vision encoders, and run the blocks again in the backward pass."""
+    layer_costs: str | None = None
+    """JSON file of measured seconds of each layer (`dsvl plan --measure FILE`), by which the pipeline is divided; null = by FLOPs."""
 
 
 @dataclass
@@ -330,7 +334,11 @@ class EngineConfig:
     timeout_s: int = 600
     """Seconds after which a collective that hangs ends the job."""
     zero_stage: int = 1
-    """ZeRO stage of the deepspeed engine, which is not available yet."""
+    """deepspeed: what data-parallel ranks keep a share of instead of all: 1 = the optimiser's state, 2 = gradients too, 3 = weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """deepspeed: what lies in main memory, the optimiser's state (and its update) or the weights too, for which zero_stage must be 3."""
+    zero_keep_whole: int = 100_000
+    """zero_stage 3: weights of at most this many elements stay whole on every rank."""
 
 
 @dataclass
@@ -359,6 +367,9 @@ class OptimConfig:
     """Decoupled; not on biases and other one-dimensional parameters."""
     clip_grad: float = 1.0
     """Maximum global gradient norm; 0 = no clipping."""
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
+    """What AdamW's moments are kept in; it computes in fp32, and main weights stay fp32. VL2 trains its largest model with bf16 (Table 2),
+    which halves the moments' memory."""
     update_idle: bool = False
     """False: a text step leaves vision and adaptor parameters and their moments untouched, as PyTorch does for parameters without
     gradient. True: they take a step with zero gradient, as Megatron does."""
@@ -415,6 +426,28 @@ class GuardConfig:
 
 
 @dataclass
+class EvalConfig:
+    """Evaluation in the loop, on all ranks; `dsvl eval` does the same to checkpoints."""
+
+    every: int = 0
+    """Evaluate after every this many steps and after the last; 0 = never."""
+    tasks: dict[str, str] = field(default_factory=dict)
+    """Name -> task file (JSON lines), or a benchmark's own file as LAYOUT:PATH (mmlu, hellaswag, mmbench, mmmu, gsm8k, shards)."""
+    text: str | None = None
+    """Held-out documents (JSON lines of `text`), for bits per byte."""
+    limit: int | None = None
+    """Items of each task and texts at most, spread evenly over the file; null = all."""
+    max_new_tokens: int = 64
+    """Tokens of a generated answer at most."""
+    tokens_at_once: int = 8192
+    """Tokens of a forward pass that scores, on one rank; a single longer sample is a pass by itself."""
+    plain: bool = False
+    """Put a benchmark's questions as plain text, without the conversation template: for base models."""
+    options: Literal["text", "letter"] = "text"
+    """text: each option's text is scored as the answer (VL §3.2.2). letter: options are listed, and their letters scored."""
+
+
+@dataclass
 class LoggingConfig:
     every: int = 1
     """Print a progress line every this many steps where there is no terminal for a bar."""
@@ -430,6 +463,15 @@ class LaunchConfig:
     """Ranks that train.py starts on this machine; 0 = be one process, or one rank under torchrun."""
     grace_s: float = 60.0
     """Seconds that these ranks have to finish their step and save after a signal."""
+    nodes: int | None = None
+    """Machines that the recipe's layout is made for; null = any. It starts none of them."""
+    gpus_per_node: int = 8
+    """GPUs of each of them, a rank on each."""
+
+    @property
+    def processes(self) -> int:
+        """Ranks that the configuration is meant for: nproc, else those of the recipe's cluster, else one."""
+        return self.nproc or (self.nodes or 0) * self.gpus_per_node or 1
 
 
 @dataclass
@@ -475,5 +517,6 @@ class RunConfig:
     launch: LaunchConfig
     init: InitConfig
     guard: GuardConfig = field(default_factory=GuardConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     resume: str = "auto"
     """auto: go on from the run folder's latest checkpoint if there is one. none: start anew. Else: a checkpoint folder."""

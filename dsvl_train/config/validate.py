@@ -5,6 +5,7 @@ Each rule is one small function; a broken one raises a `ConfigError` with the va
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable
 
@@ -13,9 +14,12 @@ from .schema import VOCAB_MULTIPLE, DataConfig, LanguageConfig, MlaConfig, Model
 
 NOT_AVAILABLE: list[tuple[str, Callable[[RunConfig], object], object]] = [
     ("parallel.cp", lambda c: c.parallel.cp, 1),
-    ("engine", lambda c: c.engine.name, "megatron"),
 ]
 """Settings whose other values are not built yet: key, how to read it, the only value that works. Delete a line when its feature arrives."""
+
+
+BF16_ROUNDING = 2.0**-8
+"""The largest relative change that a number in bf16 may ignore: half a unit of its 8-bit significand."""
 
 
 def validate(config: RunConfig, world_size: int, device: str | None = None) -> None:
@@ -40,6 +44,7 @@ def validate(config: RunConfig, world_size: int, device: str | None = None) -> N
     _check_optim(config)
     _check_engine(config, device or config.engine.device)
     _check_guard(config)
+    _check_eval(config)
     _check_layout(config, world_size)
 
 
@@ -316,6 +321,12 @@ def _check_optim(config: RunConfig) -> None:
         raise ConfigError("optim.lr", "must be above 0", value=optim.lr)
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError("optim.betas", "must be two numbers from 0 to below 1", value=optim.betas, fix="optim.betas=[0.9,0.95]")
+    if optim.moments_dtype == "bf16" and max(optim.betas) > 1 - BF16_ROUNDING:
+        rule = f"moments in bf16 need betas of at most {1 - BF16_ROUNDING:g}: a smaller decay is rounded away, and a moment never shrinks"
+        raise ConfigError("optim.betas, optim.moments_dtype", rule, value=f"{optim.betas}, bf16", fix="optim.moments_dtype=fp32")
+    if optim.moments_dtype == "bf16" and config.engine.name == "deepspeed":
+        rule = "the deepspeed engine keeps moments in fp32; engine.offload is its way to save memory"
+        raise ConfigError("optim.moments_dtype", rule, value="bf16", fix="optim.moments_dtype=fp32 or engine=megatron")
     if optim.eps <= 0:
         raise ConfigError("optim.eps", "must be above 0", value=optim.eps, fix="optim.eps=1e-8")
     _at_least(config, 0, "optim.weight_decay", "optim.clip_grad", "optim.schedule.warmup_steps")
@@ -344,8 +355,33 @@ def _check_engine(config: RunConfig, device: str) -> None:
     if device == "cpu" and engine.precision == "bf16":
         rule = "bf16 needs CUDA; on a CPU the run computes in fp32"
         raise ConfigError("engine.precision", rule, value=engine.precision, fix="engine.precision=auto")
-    if not 0 <= engine.zero_stage <= 3:
-        raise ConfigError("engine.zero_stage", "must be 0, 1, 2 or 3", value=engine.zero_stage, fix="engine.zero_stage=1")
+    if not 1 <= engine.zero_stage <= 3:
+        raise ConfigError("engine.zero_stage", "must be 1, 2 or 3", value=engine.zero_stage, fix="engine.zero_stage=1")
+    _at_least(config, 0, "engine.zero_keep_whole")
+    if engine.offload != "none" and engine.name != "deepspeed":
+        raise ConfigError("engine.offload", "is a setting of engine=deepspeed", value=engine.offload, fix="engine.offload=none")
+    if engine.offload == "all" and engine.zero_stage < 3:
+        rule = f"weights that lie in main memory need engine.zero_stage=3, and it is {engine.zero_stage}"
+        raise ConfigError("engine.offload", rule, value=engine.offload, fix="engine.offload=optimizer or engine.zero_stage=3")
+    if engine.name == "deepspeed":
+        _check_deepspeed(config)
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    parallel = config.parallel
+    for name in ("tp", "pp", "ep", "cp"):
+        if getattr(parallel, name) != 1:
+            key, rule = f"parallel.{name}", "the deepspeed engine is data parallel alone"
+            raise ConfigError(key, rule, value=getattr(parallel, name), fix=f"{key}=1 or engine=megatron")
+    if parallel.distributed_optimizer:
+        rule = "is Megatron's; every ZeRO stage of the deepspeed engine shares the optimiser's state out"
+        raise ConfigError("parallel.distributed_optimizer", rule, value=True, fix="parallel.distributed_optimizer=false")
+    if config.optim.update_idle:
+        rule = "the deepspeed engine cannot step parameters that a step does not reach"
+        raise ConfigError("optim.update_idle", rule, value=True, fix="optim.update_idle=false or engine=megatron")
+    if importlib.util.find_spec("deepspeed") is None:
+        fix = "pip install -e .[deepspeed], or engine=megatron"
+        raise ConfigError("engine", "needs the package deepspeed, which is not installed", value="deepspeed", fix=fix)
 
 
 def _check_guard(config: RunConfig) -> None:
@@ -357,6 +393,19 @@ def _check_guard(config: RunConfig) -> None:
         rule = "must be below engine.timeout_s, whose error does not say which rank hangs"
         fix = f"guard.hang_s={0.8 * config.engine.timeout_s:g}"
         raise ConfigError("guard.hang_s, engine.timeout_s", rule, value=(guard.hang_s, config.engine.timeout_s), fix=fix)
+
+
+def _check_eval(config: RunConfig) -> None:
+    _at_least(config, 0, "eval.every")
+    _at_least(config, 1, "eval.limit", "eval.max_new_tokens", "eval.tokens_at_once")
+    evaluation = config.eval
+    for name in evaluation.tasks:
+        if not name or "/" in name or name == "bits_per_byte":
+            rule = "a task needs a name without slashes, other than bits_per_byte, which is eval.text's"
+            raise ConfigError("eval.tasks", rule, value=name, fix="rename the task")
+    if evaluation.every and not evaluation.tasks and not evaluation.text:
+        fix = "eval.tasks.NAME=FILE or eval.text=FILE, or eval.every=0"
+        raise ConfigError("eval.every, eval.tasks, eval.text", "there is nothing to evaluate", value=evaluation.every, fix=fix)
 
 
 def _check_layout(config: RunConfig, world_size: int) -> None:

@@ -144,6 +144,27 @@ def tokenise_document(content: str, tokenizer: Tokenizer, image_count: int, *, i
     return text
 
 
+def tokenise_continuation(context: str, continuation: str, tokenizer: Tokenizer, image_count: int) -> TokenisedText:
+    """`[bos] context continuation`, tokenised as one text; supervised is every token that holds a character of the continuation.
+
+    Raises:
+        SampleError: `image_count`, or `bad_conversation` for an image tag in the continuation.
+    """
+    if tokenizer.image_token in continuation:
+        raise SampleError("bad_conversation", f"{tokenizer.image_token} in what continues a document; images go before it")
+    check_image_count(context.count(tokenizer.image_token), image_count, tokenizer.image_token)
+    before, tag, last = context.rpartition(tokenizer.image_token)
+    text = TokenisedText([], [], [], [0])
+    text.add([tokenizer.bos_id], supervised=False)
+    if tag:
+        _add_text_with_images(text, before, tokenizer, supervised=False)
+        text.add_image(tokenizer.image_id)
+    ids, offsets = tokenizer.encode_with_offsets(last + continuation)
+    text.ids.extend(ids)
+    text.supervised.extend(_touching(offsets, [(len(last), len(last + continuation))]))
+    return text
+
+
 def _add_text_with_images(text: TokenisedText, content: str, tokenizer: Tokenizer, *, supervised: bool) -> None:
     """Tokenise the pieces between image tags each on its own, as the released VL2 `tokenize_with_images`."""
     for position, piece in enumerate(content.split(tokenizer.image_token)):

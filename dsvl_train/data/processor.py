@@ -22,7 +22,7 @@ from torch import Tensor
 from dsvl_train.config.geometry import TileRule, candidate_resolutions, select_tiles, vl2_tokens_side, vl2_visual_tokens
 
 from .batch import IGNORE_INDEX
-from .conversation import TEMPLATES, TokenisedText, Vl2Template, VlTemplate, parse_messages
+from .conversation import TEMPLATES, Message, TokenisedText, Vl2Template, VlTemplate, parse_messages, tokenise_continuation
 from .errors import SampleError
 from .processor_folder import (
     Vl2Settings,
@@ -179,6 +179,42 @@ class Processor(ABC):
         """
         opened = [open_image(image, self.max_image_pixels) for image in images]
         layout = self._layout(messages, [image.size for image in opened], inference=inference)
+        return self._encoded(layout, self._pixels(opened, layout), len(opened))
+
+    def encode_answers(self, messages: Messages, images: Sequence[ImageSource], answers: Sequence[str]) -> list[Encoded]:
+        """One question with each of several answers, to be scored. The images are decoded once, and the samples share their pixels.
+
+        Supervised are the answer's own tokens alone, whatever `mask_prompt` says: no earlier answer, and no end token, which is no part
+        of what an answer says. A token that holds any character of the answer is one of its own.
+
+        Args:
+            messages: a conversation up to the user's last turn, or one document, which the answers go on with as they are.
+
+        Raises:
+            SampleError: as `encode`.
+        """
+        opened = [open_image(image, self.max_image_pixels) for image in images]
+        sizes_wh = [image.size for image in opened]
+        layouts = [self._answer_layout(messages, sizes_wh, answer) for answer in answers]
+        pixels = self._pixels(opened, layouts[0])
+        return [self._encoded(layout, pixels, len(opened)) for layout in layouts]
+
+    def _answer_layout(self, messages: Messages, sizes_wh: Sequence[tuple[int, int]], answer: str) -> _Layout:
+        tokenizer = self.tokenizer
+        parsed = parse_messages(messages, tokenizer.image_token, len(sizes_wh))
+        if parsed[0].role == "document":
+            text = tokenise_continuation(parsed[0].content, answer, tokenizer, len(sizes_wh))
+        else:
+            template = TEMPLATES[self.family](tokenizer, mask_prompt=True)
+            text = template.tokenise([*parsed, Message("assistant", answer)], len(sizes_wh), inference=True)
+            last = text.turn_at[-1]
+            text.supervised = [
+                supervised and position >= last and token != tokenizer.eos_id
+                for position, (token, supervised) in enumerate(zip(text.ids, text.supervised, strict=True))
+            ]
+        return _Layout(text, *self._image_layout(sizes_wh))
+
+    def _encoded(self, layout: _Layout, pixels: tuple[Pixels, list[tuple[int, int]]], image_count: int) -> Encoded:
         text = layout.text
         repeats = np.ones(len(text.ids), dtype=np.int64)
         repeats[text.image_at] = layout.visual_tokens
@@ -186,14 +222,14 @@ class Processor(ABC):
         is_image[text.image_at] = True
         ids = np.asarray(text.ids, dtype=np.int64)
         labels = np.where(np.asarray(text.supervised, dtype=bool) & ~is_image, ids, IGNORE_INDEX)
-        pixels_nchw, tiles_wh = self._pixels(opened, layout)
+        pixels_nchw, tiles_wh = pixels
         return Encoded(
             input_ids=torch.from_numpy(np.repeat(ids, repeats)),
             labels=torch.from_numpy(np.repeat(labels, repeats)),
             image_mask=torch.from_numpy(np.repeat(is_image, repeats)),
             tiles_wh=torch.tensor(tiles_wh, dtype=torch.int64).reshape(-1, 2),
             pixels=torch.from_numpy(pixels_nchw),
-            image_count=len(opened),
+            image_count=image_count,
         )
 
     def measure(self, messages: Messages, image_sizes: Sequence[tuple[int, int]], *, inference: bool = False) -> Measured:
@@ -254,8 +290,7 @@ class Processor(ABC):
     def _layout(self, messages: Messages, sizes_wh: Sequence[tuple[int, int]], *, inference: bool) -> _Layout:
         parsed = parse_messages(messages, self.tokenizer.image_token, len(sizes_wh))
         text = self._template.tokenise(parsed, len(sizes_wh), inference=inference)
-        tiles_wh, visual_tokens, tiles = self._image_layout(sizes_wh)
-        return _Layout(text, tiles_wh, visual_tokens, tiles)
+        return _Layout(text, *self._image_layout(sizes_wh))
 
     @abstractmethod
     def _image_layout(self, sizes_wh: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[int], int]:

@@ -11,7 +11,8 @@ r = MLA's latent width, p = MLA's rotary width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +190,21 @@ class CachedLanguageModel:
                 self.attentions.append(HeadAttention(attention, model.rotary_pos_emb))
         self.lengths_s: list[int] = []
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around all calls: tensor-parallel ranks take all tokens each, since a step of one token per sample is not worth dividing (and not
+        divisible); weights stay divided."""
+        parts = [self.chunk, *self.chunk.modules()]
+        configs = {id(config): config for part in parts if (config := getattr(part, "config", None)) is not None}.values()
+        divided = [part for part in (*parts, *configs) if getattr(part, "sequence_parallel", False) is True]
+        for part in divided:
+            part.sequence_parallel = False
+        try:
+            yield
+        finally:
+            for part in divided:
+                part.sequence_parallel = True
+
     @property
     def stored_values(self) -> int:
         """Numbers that the cache has room for, all layers together."""
@@ -257,5 +273,5 @@ class CachedLanguageModel:
         model: Any = self.chunk.language
         hidden_s1h = model.decoder.final_layernorm(hidden_t1h[last_s])
         weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
-        logits_s1v, _ = model.output_layer(hidden_s1h, weight=weight)
+        logits_s1v, _ = model.output_layer(hidden_s1h, weight=weight, runtime_gather_output=True)
         return logits_s1v[:, 0]

@@ -46,6 +46,7 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
     use_cache: bool = True,
     first: int = 0,
+    agree: Callable[[list[int]], list[int]] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until the model's end token or `max_new_tokens`. Returns the new ids, the end token left out.
 
@@ -54,6 +55,7 @@ def generate(
         on_token: called with (index in `prompts`, id) as soon as a token is chosen, end tokens excepted.
         use_cache: False computes everything anew for each token: slow, and the same.
         first: what the first prompt's number is among all that are asked in turns, so that each draws from a stream of its own.
+        agree: given this rank's choices of a step, returns those of all ranks that generate together.
 
     Raises:
         ValueError: `max_new_tokens` below 1.
@@ -64,13 +66,28 @@ def generate(
         return []
     sampling = sampling or Sampling()
     generators = [_generator(sampling.seed, first + number) for number in range(len(prompts))]
-    stop_ids = set(loaded.processor.stop_ids)
     model = CachedLanguageModel(loaded.model.language) if use_cache else RecomputedLanguageModel(loaded)
+    with model.computing():
+        return _continue(loaded, model, prompts, max_new_tokens, sampling, generators, on_token, agree)
+
+
+def _continue(
+    loaded: LoadedModel,
+    model: CachedLanguageModel | RecomputedLanguageModel,
+    prompts: Sequence[Encoded],
+    max_new_tokens: int,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    on_token: Callable[[int, int], None] | None,
+    agree: Callable[[list[int]], list[int]] | None,
+) -> list[list[int]]:
+    stop_ids = set(loaded.processor.stop_ids)
     answers: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
     logits_sv = model.prefill([p.input_ids for p in prompts], [p.image_mask for p in prompts], embed_images(loaded, prompts))
     while True:
         chosen = [_choose(logits_v, sampling, generators[number]) for number, logits_v in zip(going, logits_sv, strict=True)]
+        chosen = chosen if agree is None else agree(chosen)
         staying = [row for row, token in enumerate(chosen) if token not in stop_ids]
         for row in staying:
             answers[going[row]].append(chosen[row])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ class RecomputedLanguageModel:
         self.ids: list[Tensor] = []
         self.image_masks: list[Tensor] = []
         self.visual: list[Tensor | None] = []
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Around all calls."""
+        return nullcontext()
 
     def prefill(self, ids: Sequence[Tensor], image_masks: Sequence[Tensor], visual: Sequence[Tensor | None]) -> Tensor:
         """Take whole prompts. Returns logits [s, vocabulary]."""

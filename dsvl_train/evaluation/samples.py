@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,16 @@ def read_samples(path: str | Path) -> list[FileSample]:
         ValueError: the file is not that; names file and sample index (from 0).
         FileNotFoundError: no such file.
     """
+    return [parse_sample(record, Path(path), where) for where, record in read_records(path)]
+
+
+def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """Objects of a JSON list, or of JSON lines, each with its place for messages.
+
+    Raises:
+        ValueError: the file is not that, or holds nothing; names file and sample index (from 0).
+        FileNotFoundError: no such file.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file of samples")
@@ -57,7 +67,11 @@ def read_samples(path: str | Path) -> list[FileSample]:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if not records:
         raise ValueError(f"{path} holds no sample")
-    return [_sample(record, path, index) for index, record in enumerate(records)]
+    placed = [(f"{path}: sample {index}", record) for index, record in enumerate(records)]
+    for where, record in placed:
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is a {type(record).__name__}; expected an object")
+    return placed
 
 
 def as_prompt(sample: FileSample) -> FileSample:
@@ -153,10 +167,12 @@ def _records(path: Path) -> Iterator[Any]:
         index += 1
 
 
-def _sample(record: Any, path: Path, index: int) -> FileSample:
-    where = f"{path}: sample {index}"
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is a {type(record).__name__}; expected an object with `messages` and `images`")
+def parse_sample(record: Mapping[str, Any], path: Path, where: str) -> FileSample:
+    """The conversation and image files of an object.
+
+    Raises:
+        ValueError: a field is missing or wrong, or an image is not a file beside `path`; says `where`.
+    """
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{where}: `messages` must be a list of objects with `role` and `content`, at least one")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 Scorer = Callable[[str, str], float]
 
 _NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?([eE][+-]?\d+)?")
+_NUMBERS_IN_TEXT = re.compile(r"(?<![\w.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _OPENING = " \"'`([{"
 _CLOSING = " .,;:!?\"'`)]}"
 
@@ -70,6 +71,23 @@ def relaxed_number(answer: str, truth: str, tolerance: float = 0.05) -> float:
     return float(abs(given - wanted) <= tolerance * abs(wanted) * (1.0 + 1e-9))
 
 
+def last_number(answer: str, truth: str) -> float:
+    """1 when the last number in the answer is the truth, which is a number (GSM8K). Thousands separators are dropped; a sentence mark
+    after the number is not taken for a decimal point. A truth that is no number must match exactly."""
+    wanted, given = _number(truth), _number(answer)
+    if wanted is None:
+        return exact_match(answer, truth)
+    if given is not None:
+        return float(given == wanted)
+    found = _NUMBERS_IN_TEXT.findall(unicodedata.normalize("NFKC", answer))
+    return float(bool(found) and float(found[-1].replace(",", "")) == wanted)
+
+
+def best_score(metric: str, answer: str, truths: Sequence[str]) -> float:
+    """The best of a metric over several truths, any of which will do."""
+    return max(SCORERS[metric](answer, truth) for truth in truths)
+
+
 def bits_per_byte(nll_nats_sum: float, n_bytes: int) -> float:
     """Negative log-likelihood of a text, summed in nats, as bits per UTF-8 byte: comparable between tokenizers.
 
@@ -105,5 +123,6 @@ SCORERS: dict[str, Scorer] = {
     "character_accuracy": character_accuracy,
     "anls": anls,
     "relaxed_number": relaxed_number,
+    "last_number": last_number,
 }
 """Scorers by the name that an evaluation file gives as a task's metric."""

@@ -5,7 +5,12 @@ A multiply-add is two; norms, activations and lookups are not counted. No megatr
 
 from __future__ import annotations
 
-from dsvl_train.config.schema import LanguageConfig, ModelConfig, ParallelConfig, RecomputeModule, RunConfig
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dsvl_train.config.errors import ConfigError
+from dsvl_train.config.schema import DataConfig, LanguageConfig, ModelConfig, ParallelConfig, RecomputeModule, RunConfig
 from dsvl_train.models.adaptors import adaptor_flops
 from dsvl_train.models.sam_vitdet import sam_block_flops, sam_flops
 from dsvl_train.models.siglip import siglip_block_flops
@@ -17,20 +22,85 @@ def choose_division(cfg: RunConfig) -> Division | None:
     parallel, data = cfg.parallel, cfg.data
     if parallel.pp == 1:
         return None
-    text_steps = data.text_ratio if data.modality_grouping or data.text_ratio == 1 else 0.0
-    return plan_division(run_costs(cfg), parallel.pp, parallel.vpp, parallel.vision_division, text_share=text_steps, group=parallel.group)
+    costs, share = run_costs(cfg), share_of_text_steps(data)
+    return plan_division(costs, parallel.pp, parallel.vpp, parallel.vision_division, text_share=share, group=parallel.group)
+
+
+def share_of_text_steps(data: DataConfig) -> float:
+    """Of a run's steps, after the modality warm-up: without grouping every step may have images."""
+    return data.text_ratio if data.modality_grouping or data.text_ratio == 1 else 0.0
 
 
 def run_costs(cfg: RunConfig) -> LayerCosts:
-    """Costs of a run's usual micro-batch on one rank: tensor parallelism divides the language layers, and tiles if so set."""
-    data = cfg.data
+    """Costs of a run's usual micro-batch on one rank, by FLOPs or as measured.
+
+    Tensor parallelism divides the language layers' work, and the encoder's where it shares tiles.
+
+    Raises:
+        ConfigError: parallel.layer_costs is no file of costs, or of another model or sequence length.
+    """
+    parallel, data = cfg.parallel, cfg.data
     tokens = data.micro_batch_size * data.seq_len
     tiles = usual_tiles(cfg.model, tokens)
     if not data.modality_grouping and data.text_ratio < 1:  # all steps are image steps, with the fewer tiles for it
         tiles *= 1 - data.text_ratio
-    costs = layer_costs(cfg.model, tokens, tiles)
-    tp, shared = cfg.parallel.tp, cfg.parallel.vision_tp == "shard"
-    return costs.divided(vision=tp if shared else 1, language=tp)
+    if parallel.layer_costs is None:
+        costs = layer_costs(cfg.model, tokens, tiles)
+    else:
+        costs = read_measured(parallel.layer_costs, cfg.model, data.seq_len).of(data.micro_batch_size, tiles)
+    return costs.divided(vision=parallel.tp if parallel.vision_tp == "shard" else 1, language=parallel.tp)
+
+
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """Forward seconds of each layer on one device."""
+
+    seq_len: int
+    """Tokens of the sequence that went through the language layers."""
+    siglip: list[float]
+    """Per layer, of one tile; so are the next two."""
+    sam: list[float]
+    vision_head: float
+    language: list[float]
+    """Per layer, of one sequence."""
+    language_head: float
+
+    def of(self, sequences: int, tiles: float) -> LayerCosts:
+        """Costs of a micro-batch."""
+        return LayerCosts(
+            tuple(tiles * seconds for seconds in self.siglip),
+            tuple(tiles * seconds for seconds in self.sam),
+            tiles * self.vision_head,
+            tuple(sequences * seconds for seconds in self.language),
+            sequences * self.language_head,
+        )
+
+    def write(self, path: Path) -> None:
+        """As a JSON object of the fields."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read_measured(path: str, model: ModelConfig, seq_len: int) -> MeasuredCosts:
+    """Costs that `MeasuredCosts.write` wrote, for this model.
+
+    Raises:
+        ConfigError: see `run_costs`.
+    """
+    key, fix = "parallel.layer_costs", f"dsvl plan --measure {path} with this run's settings, or parallel.layer_costs=null"
+    try:
+        measured = MeasuredCosts(**json.loads(Path(path).read_text(encoding="utf-8")))
+        numbers = [*measured.siglip, *measured.sam, measured.vision_head, *measured.language, measured.language_head]
+        if not all(isinstance(number, int | float) and number >= 0 for number in numbers):
+            raise ValueError("every cost must be a number, at least 0")
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(key, f"must be a JSON file of seconds ({error})", value=path, fix=fix) from error
+    sam = model.vision.sam
+    wanted = [model.vision.siglip.layers, sam.layers if sam else 0, model.language.layers, seq_len]
+    found = [len(measured.siglip), len(measured.sam), len(measured.language), measured.seq_len]
+    if found != wanted:
+        rule = f"layers of SigLIP, SAM and the language model and data.seq_len are {wanted} here, and {found} in the file"
+        raise ConfigError(key, rule, value=path, fix=fix)
+    return measured
 
 
 def layer_costs(model: ModelConfig, tokens: int, tiles: float) -> LayerCosts:

@@ -55,6 +55,7 @@ def logical_tensors(model: VisionLanguageModel) -> Iterator[tuple[LogicalTensor,
 
 
 def _parts(name: str, whole_name: str, local: Tensor, model: VisionLanguageModel) -> Iterator[LogicalTensor]:
+    local_shape = getattr(local, "ds_shape", local.shape)  # under DeepSpeed's ZeRO-3 a parameter's data comes and goes
     is_expert = _LOCAL_EXPERT.search(name) is not None
     sharded = getattr(local, "tensor_model_parallel", False) and not is_expert  # experts stay whole: expert tensor parallelism is 1
     tp_size = parallel_state.get_tensor_model_parallel_world_size() if sharded else 1
@@ -62,10 +63,10 @@ def _parts(name: str, whole_name: str, local: Tensor, model: VisionLanguageModel
     dim = local.partition_dim if sharded else 0  # type: ignore[attr-defined]
     global_name = _global_name(whole_name, model)
     if not name.endswith("linear_fc1.weight"):
-        yield _part(global_name, name, local.shape, dim, tp_rank, tp_size, None)
+        yield _part(global_name, name, local_shape, dim, tp_rank, tp_size, None)
         return
-    half = local.shape[0] // 2  # Megatron stacks gate over up, each rank its share of both
-    shape = torch.Size([half, *local.shape[1:]])
+    half = local_shape[0] // 2  # Megatron stacks gate over up, each rank its share of both
+    shape = torch.Size([half, *local_shape[1:]])
     for index, leaf in enumerate(("gate", "up")):
         part_name = global_name.replace("linear_fc1.weight", f"{leaf}.weight")
         yield _part(part_name, name, shape, 0, tp_rank, tp_size, (index * half, (index + 1) * half))

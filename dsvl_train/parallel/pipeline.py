@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
@@ -46,7 +45,7 @@ def no_gradient(received: Tensor) -> None:
 
 def run_pipeline(
     forward_step: Callable[..., Any],
-    chunks: Sequence[torch.nn.Module],
+    chunks: Sequence[Any],
     micro_batches: Iterable[Any],
     *,
     group: int | None = None,
@@ -56,7 +55,7 @@ def run_pipeline(
 
     Args:
         forward_step: what Megatron's schedules call per chunk and micro-batch.
-        chunks: in the order of computation. More than one needs a pipeline of several ranks.
+        chunks: in the order of computation, as their engine wrapped them. More than one needs a pipeline of several ranks.
         group: micro-batches through one chunk before the next; see `pipeline_simulation.group_size`.
 
     Returns what the loss function gave per micro-batch, on the last rank.

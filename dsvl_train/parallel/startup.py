@@ -95,9 +95,10 @@ def start_alone(device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
 
 
 def stop() -> None:
-    """Leave the run."""
+    """Leave the run, all ranks together: a job manager may end those that are still at work when the first has left."""
     if not dist.is_initialized():
         return
+    dist.barrier()
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

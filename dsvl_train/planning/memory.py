@@ -1,4 +1,4 @@
-"""The memory of every pipeline rank, and how long its steps idle: what `dsvl plan` prints.
+"""The memory of every pipeline rank: what `dsvl plan` prints.
 
     weights      bf16 (fp32 on a CPU), trained and frozen
     gradients    fp32, one buffer for all that trains
@@ -14,15 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from dsvl_train.config.geometry import candidate_resolutions, vl2_tokens_side, vl2_visual_tokens
 from dsvl_train.config.schema import DataConfig, ModelConfig, RunConfig, SiglipConfig
-from dsvl_train.models.costs import choose_division, feed_forward_flops, recompute_modules, run_costs, usual_tiles
-from dsvl_train.parallel.division import Division, LayerCosts, whole
-from dsvl_train.parallel.pipeline_simulation import most_kept, simulate
+from dsvl_train.models.costs import choose_division, recompute_modules
+from dsvl_train.parallel.division import Division, whole
+from dsvl_train.parallel.pipeline_simulation import most_kept
 from dsvl_train.planning import activations
 from dsvl_train.planning.activations import Kept, Numerics, Recomputed
 from dsvl_train.planning.parameters import Part, PartSize, Share, part_sizes, total
+from dsvl_train.planning.times import StepTimes, modalities, step_times
 
 GRADIENT_BYTES = 4
 """Megatron reduces in fp32 (`grad_reduce_in_fp32`)."""
@@ -87,24 +89,22 @@ class RankPlan:
 class LayoutPlan:
     """A run on a layout."""
 
+    cfg: RunConfig
     world_size: int
     dp: int
     expert_dp: int
-    tokens: int
-    """Of a micro-batch."""
     tiles: float
-    """Of a micro-batch, as the memory is planned for."""
-    usual_tiles: float
-    """Of a micro-batch, as the times are."""
+    """Of a micro-batch, as the memory is planned for; times are of `costs.usual_tiles`."""
     micro_batches: int
     """Of a step, per data-parallel rank."""
     numerics: Numerics
     division: Division
     ranks: list[RankPlan]
-    bubble: dict[str, float]
-    """Modality -> share of the ranks' time that idles."""
-    time: float
-    """Of an average step, in the costs' unit over all pipeline ranks; communication is free."""
+
+    @cached_property
+    def times(self) -> StepTimes:
+        """How long steps take."""
+        return step_times(self.cfg, self.division, self.micro_batches)
 
     @property
     def peak(self) -> float:
@@ -112,15 +112,13 @@ class LayoutPlan:
         return max(rank.peak for rank in self.ranks)
 
 
-def modalities(data: DataConfig) -> list[str]:
-    """Of the steps that the run has."""
-    starts = [data.text_ratio_start] if data.text_warmup_steps else []
-    shares = [data.text_ratio, *starts]
-    return ["text"] * any(share > 0 for share in shares) + ["multimodal"] * any(share < 1 for share in shares)
-
-
 def most_tiles(model: ModelConfig, data: DataConfig) -> float:
     """Tiles of a micro-batch whose sequences are full of images, each of the grid with the most tiles per token."""
+    allowed = float("inf") if data.max_tiles_per_sequence is None else data.max_tiles_per_sequence * data.micro_batch_size
+    return min(_most_tiles_of_tokens(model, data), allowed)
+
+
+def _most_tiles_of_tokens(model: ModelConfig, data: DataConfig) -> float:
     tokens, siglip = data.seq_len * data.micro_batch_size, model.vision.siglip
     if model.family == "vl":
         return max(tokens // siglip.tokens, 1)
@@ -172,47 +170,17 @@ class _Planner:
             self.recomputed = "full" if parallel.recompute == "full" else recompute_modules(model.language, parallel)
 
     def plan(self) -> LayoutPlan:
-        times, bubble = {}, {}
-        costs, usual = run_costs(self.cfg), usual_tiles(self.model, self.tokens)
-        steps = modalities(self.cfg.data)
-        for modality in steps:
-            table = self.division.chunk_costs(costs, modality == "multimodal")
-            timeline = simulate(table, self.micro_batches, 2.0 + self._run_again(costs), self.parallel.group)
-            times[modality], bubble[modality] = timeline.makespan, timeline.bubble
-        share = self.cfg.data.text_ratio
+        ranks = [self._rank(rank) for rank in range(self.division.pp)]
         return LayoutPlan(
-            self.world_size,
-            self.dp,
-            self.expert_dp,
-            self.tokens,
-            self.tiles,
-            usual,
-            self.micro_batches,
-            self.numerics,
-            self.division,
-            [self._rank(rank, steps) for rank in range(self.division.pp)],
-            bubble,
-            share * times.get("text", 0.0) + (1 - share) * times.get("multimodal", 0.0),
+            self.cfg, self.world_size, self.dp, self.expert_dp, self.tiles, self.micro_batches, self.numerics, self.division, ranks
         )
 
-    def _run_again(self, costs: LayerCosts) -> float:
-        """Share of the forward pass that the backward pass repeats, as if every chunk repeated as much."""
-        again = 0.0
-        if self.recomputed == "full":
-            again += sum(costs.language)
-        elif {"mlp", "moe"} & set(self.recomputed):
-            layers = range(self.model.language.layers)
-            again += sum(feed_forward_flops(self.model.language, layer, self.tokens) for layer in layers) / self.parallel.tp
-        if self.parallel.vision_recompute:
-            again += sum(costs.siglip) + sum(costs.sam)
-        return again / (costs.vision + sum(costs.language) + costs.language_head)
-
-    def _rank(self, rank: int, steps: list[str]) -> RankPlan:
+    def _rank(self, rank: int) -> RankPlan:
         vision = self._chunk("vision", self._vision_parts(rank), rank)
         names = ["language"] if self.division.vpp == 1 else [f"language.{number}" for number in range(self.division.vpp)]
         language = [self._chunk(name, self._language_parts(rank, chunk), rank) for chunk, name in enumerate(names)]
         most, working = {}, {}
-        for modality in steps:
+        for modality in modalities(self.cfg.data):
             images = modality == "multimodal"
             running = [vision, *language] if images and self.division.spread else language
             for chunk in language:
@@ -275,7 +243,7 @@ class _Planner:
         )
 
     def _optimiser(self, share: Share) -> float:
-        per_parameter = 2 * 4 + (4 if self.numerics.bytes == 2 else 0)
+        per_parameter = 2 * (2 if self.cfg.optim.moments_dtype == "bf16" else 4) + (4 if self.numerics.bytes == 2 else 0)
         if not self.parallel.distributed_optimizer:
             return per_parameter * (share.trained + share.trained_experts)
         return per_parameter * (share.trained / self.dp + share.trained_experts / self.expert_dp)

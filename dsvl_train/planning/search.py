@@ -18,6 +18,10 @@ MOST_TENSOR_PARALLEL = 8
 """Tensor parallelism beyond one machine's GPUs is slow."""
 
 
+NEARLY_AS_FAST = 1.15
+"""Predicted times leave communication out, so differences below this say little."""
+
+
 @dataclass(frozen=True)
 class Change:
     """One setting, as one would type it."""
@@ -43,8 +47,8 @@ def nearest_that_fits(
 ) -> Found | None:
     """The layout of the same number of processes with the fewest changes whose fullest rank needs at most `limit` bytes.
 
-    Of several with as many changes, the one with the shortest predicted step, then the least tensor and pipeline parallelism, whose
-    communication the prediction leaves out.
+    Of several with as many changes, one that leaves the run's numbers as they are (all but optim.moments_dtype do); of the fastest of
+    these, one with the least tensor and pipeline parallelism.
 
     Args:
         sizes: `part_sizes` of the model and stage.
@@ -53,13 +57,16 @@ def nearest_that_fits(
     for number in range(1, MOST_CHANGES + 1):
         fitting = [found for found in _candidates(cfg, world_size, number, sizes, tiles) if found.plan.peak <= limit]
         if fitting:
-            return min(fitting, key=_order)
+            return _best(fitting)
     return None
 
 
-def _order(found: Found) -> tuple[float, int, int, float]:
-    plan = found.plan
-    return float(f"{plan.time * plan.division.pp:.3g}"), plan.world_size // plan.dp, plan.division.pp, plan.peak
+def _best(fitting: list[Found]) -> Found:
+    same_numbers = [found for found in fitting if not any(change.key == "optim.moments_dtype" for change in found.changes)]
+    fitting = same_numbers or fitting
+    fastest = min(found.plan.times.average for found in fitting)
+    fast = [found for found in fitting if found.plan.times.average <= fastest * NEARLY_AS_FAST]
+    return min(fast, key=lambda found: (found.plan.cfg.parallel.tp, found.plan.cfg.parallel.pp, found.plan.times.average, found.plan.peak))
 
 
 def _candidates(cfg: RunConfig, world_size: int, number: int, sizes: dict[Part, PartSize], tiles: float | None) -> Iterator[Found]:
@@ -87,10 +94,13 @@ def _options(cfg: RunConfig, world_size: int, sizes: dict[Part, PartSize]) -> Se
         "parallel.pp": [n for n in divisors if n <= language.layers and n != parallel.pp],
         "parallel.ep": [n for n in divisors if language.moe and language.moe.routed_experts % n == 0 and n != parallel.ep],
         "parallel.distributed_optimizer": [] if parallel.distributed_optimizer else [True],
+        "optim.moments_dtype": ["bf16"] if cfg.optim.moments_dtype == "fp32" else [],
         "parallel.recompute": recompute[parallel.recompute],
+        "parallel.group": [n for n in (parallel.pp, 2 * parallel.pp) if parallel.pp > 1 and n != parallel.group],
         "data.micro_batch_size": [n for n in range(1, data.micro_batch_size) if data.micro_batch_size % n == 0],
     }
     encoder_trains = any(size.trains for part, size in sizes.items() if part.startswith(("siglip.", "sam.")))
-    if encoder_trains and not parallel.vision_recompute:
-        values["parallel.vision_recompute"] = [True]
+    if encoder_trains:
+        values["parallel.vision_recompute"] = [] if parallel.vision_recompute else [True]
+        values["parallel.vision_tp"] = ["shard"] if parallel.vision_tp == "recompute" else []
     return [[Change(key, value) for value in options] for key, options in values.items() if options]

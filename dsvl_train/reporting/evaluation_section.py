@@ -21,7 +21,7 @@ EXAMPLES_PER_TASK = 24
 _EMBED_SIDE = 900
 _SMALL_SIDE = 64
 _TEXT_LIMIT = 1200
-_SHARE_METRICS = ("exact_match", "contains", "character_accuracy", "anls", "relaxed_number", "accuracy")
+_SHARE_METRICS = ("exact_match", "contains", "character_accuracy", "anls", "relaxed_number", "last_number", "accuracy")
 
 
 @dataclass
@@ -102,7 +102,9 @@ def _table(evaluations: list[Evaluation], titles: Mapping[str, str]) -> str:
 def _examples(evaluation: Evaluation) -> str:
     by_task: dict[str, list[dict[str, Any]]] = {}
     for example in evaluation.examples:
-        by_task.setdefault(str(example.get("task", "examples")), []).append(example)
+        task = str(example.get("task", "examples"))
+        if evaluation.tasks.get(task, {}).get("metric") != "perplexity":  # held-out samples have no answer to show
+            by_task.setdefault(task, []).append(example)
     parts = []
     for task, examples in by_task.items():
         shown = examples[:EXAMPLES_PER_TASK]

@@ -7,7 +7,8 @@ their weights; here each chunk has optimisers of its own, and a text step runs t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 
 from dsvl_train.config.schema import OptimConfig
 from dsvl_train.data.batch import Modality
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state tensors, shaped like their parameter."""
-MAIN = "main"
-"""The fp32 weight that is updated where the model computes in bf16."""
+from dsvl_train.interop.native import Box, box, model_boxes
+from dsvl_train.models.logical import LogicalTensor, logical_tensors
+from dsvl_train.models.vlm import VisionLanguageModel
+from dsvl_train.training.adamw import Bf16MomentsAdamW, zero_state
+from dsvl_train.training.engine import MAIN, MOMENTS
 
 
 class ModalityOptimiser:
@@ -68,6 +69,9 @@ class ModalityOptimiser:
             for name, chunk in chunks.items()
         }
         every = [optimiser for optimisers in self.by_chunk.values() for optimiser in optimisers]
+        self.moments_dtype = torch.bfloat16 if optim.moments_dtype == "bf16" else torch.float32
+        if self.moments_dtype == torch.bfloat16:
+            _keep_moments_in_bf16(every)
         text = [optimiser for name, mine in self.by_chunk.items() if optim.update_idle or name != "vision" for optimiser in mine]
         self._by_modality: dict[Modality, ChainedOptimizer] = {
             "multimodal": ChainedOptimizer(every),
@@ -121,7 +125,8 @@ class ModalityOptimiser:
         for name, optimisers in self.by_chunk.items():
             for optimiser in optimisers:
                 if self._updates[_part(name)] and not optimiser.is_stub_optimizer:
-                    found = _sharded_state(optimiser, parameter) if self.distributed else _plain_state(optimiser, parameter)
+                    find = _sharded_state if self.distributed else _plain_state
+                    found = find(optimiser, parameter, self.moments_dtype)
                     if found is not None:
                         return found
         return None
@@ -136,7 +141,48 @@ class ModalityOptimiser:
         for name, optimisers in self.by_chunk.items():
             for optimiser in optimisers:
                 if steps[_part(name)] and not optimiser.is_stub_optimizer:
-                    _create_state(optimiser.optimizer, steps[_part(name)])
+                    _create_state(optimiser.optimizer, steps[_part(name)], self.moments_dtype)
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """A context in which the model may be used outside of a step: always, its weights being where they are."""
+        return nullcontext()
+
+    def boxes(self, model: VisionLanguageModel) -> Iterator[tuple[str, Box]]:
+        """Weights, buffers and the optimiser's state of this rank by stored name; every rank goes through all of it.
+
+        The optimiser's tensors are made whole one parameter at a time.
+        """
+        yield from model_boxes(model).items()
+        for parameter, state, tensors in self._states(model):
+            whole = state.whole(parameter)
+            for tensor in tensors:
+                for name, values in whole.items():
+                    yield f"optim.{name}.{tensor.name}", box(tensor, values)
+
+    @contextmanager
+    def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> Iterator[dict[str, Box]]:
+        """A context that gives the boxes to read a checkpoint into; what they then hold becomes the state. Every rank enters it."""
+        self.create_state(updates)
+        boxes = model_boxes(model)
+        read_into: list[tuple[ParameterState, dict[str, Tensor]]] = []
+        for parameter, held, tensors in self._states(model):
+            whole = held.to_read_into(parameter)
+            read_into.append((held, whole))
+            boxes |= {f"optim.{name}.{tensor.name}": box(tensor, values) for tensor in tensors for name, values in whole.items()}
+        yield boxes
+        for held, whole in read_into:
+            held.absorb(whole)
+
+    def _states(self, model: VisionLanguageModel) -> Iterator[tuple[nn.Parameter, ParameterState, list[LogicalTensor]]]:
+        """Each parameter that was stepped, with the logical tensors (several, where gate and up are one) that it stores."""
+        stores: dict[int, tuple[nn.Parameter, list[LogicalTensor]]] = {}
+        for tensor, local in logical_tensors(model):
+            if isinstance(local, nn.Parameter):
+                stores.setdefault(id(local), (local, []))[1].append(tensor)
+        for parameter, tensors in stores.values():
+            state = self.state_of(parameter)
+            if state is not None:
+                yield parameter, state, tensors
 
 
 @dataclass
@@ -149,7 +195,7 @@ class ParameterState:
     """None = all of it."""
     group: dist.ProcessGroup | None = None
     """The ranks whose shares make the whole."""
-    names: tuple[str, ...] = ()
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     """What `tensors` would hold, on every rank of the group."""
 
     def whole(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -157,8 +203,8 @@ class ParameterState:
         if self.group is None:
             return self.tensors
         together = {}
-        for name in self.names:
-            flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        for name, dtype in self.dtypes.items():
+            flat = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
             if self.share is not None:
                 flat[self.share[0] : self.share[1]] = self.tensors[name].view(-1)
             dist.all_reduce(flat, group=self.group)
@@ -169,7 +215,7 @@ class ParameterState:
         """Tensors in the parameter's shape for `absorb`: themselves, or where this rank has a share only, new ones in host memory."""
         if self.group is None:
             return self.tensors
-        return {name: torch.empty(parameter.shape, dtype=torch.float32) for name in self.names}
+        return {name: torch.empty(parameter.shape, dtype=dtype) for name, dtype in self.dtypes.items()}
 
     def absorb(self, whole: Mapping[str, Tensor]) -> None:
         """Take this rank's share out of whole tensors."""
@@ -178,7 +224,7 @@ class ParameterState:
                 tensor.view(-1).copy_(whole[name].view(-1)[self.share[0] : self.share[1]])
 
 
-def _plain_state(optimiser: MegatronOptimizer, parameter: nn.Parameter) -> ParameterState | None:
+def _plain_state(optimiser: MegatronOptimizer, parameter: nn.Parameter, moments_dtype: torch.dtype) -> ParameterState | None:
     main = getattr(parameter, "main_param", parameter)
     if main not in optimiser.optimizer.state:
         return None
@@ -186,19 +232,19 @@ def _plain_state(optimiser: MegatronOptimizer, parameter: nn.Parameter) -> Param
     return ParameterState(tensors if main is parameter else tensors | {MAIN: main})
 
 
-def _sharded_state(optimiser: Any, parameter: nn.Parameter) -> ParameterState | None:
+def _sharded_state(optimiser: Any, parameter: nn.Parameter, moments_dtype: torch.dtype) -> ParameterState | None:
     """From Megatron's distributed optimiser, which flattens all parameters into buffers and gives each rank a stretch of them."""
     in_buffers = any(parameter in bucket.params for buffer in optimiser.buffers for bucket in buffer.buckets)
     if not in_buffers:
         return None
-    names = MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MAIN)
+    dtypes = dict.fromkeys(MOMENTS, moments_dtype) | ({} if parameter.dtype == torch.float32 else {MAIN: torch.float32})
     if parameter not in optimiser.model_param_gbuf_map:
-        return ParameterState({}, None, optimiser.data_parallel_group, names)
+        return ParameterState({}, None, optimiser.data_parallel_group, dtypes)
     group, place = optimiser.model_param_group_index_map[parameter]
     main = optimiser.optimizer.param_groups[group]["params"][place]
-    tensors = {moment: optimiser.optimizer.state[main][moment] for moment in MOMENTS} | ({MAIN: main} if MAIN in names else {})
+    tensors = {moment: optimiser.optimizer.state[main][moment] for moment in MOMENTS} | ({MAIN: main} if MAIN in dtypes else {})
     held = optimiser._get_model_param_range_map(parameter)["param"]
-    return ParameterState(tensors, (held.start, held.end), optimiser.data_parallel_group, names)
+    return ParameterState(tensors, (held.start, held.end), optimiser.data_parallel_group, dtypes)
 
 
 def _part(chunk: str) -> str:
@@ -219,15 +265,25 @@ def _overrides(peak: float, multipliers: Mapping[str, float | None]) -> dict[Par
     return overrides
 
 
-def _create_state(adam: torch.optim.Optimizer, steps: int) -> None:
+def _keep_moments_in_bf16(optimisers: list[MegatronOptimizer]) -> None:
+    """Put our AdamW in the place of the one that Megatron chose, before it has any state.
+
+    Megatron's own lower precision states are Transformer Engine's alone, and come with a second way to hold gradients and main weights.
+    """
+    for optimiser in optimisers:
+        if not optimiser.is_stub_optimizer:
+            optimiser.optimizer = Bf16MomentsAdamW.in_place_of(optimiser.optimizer)
+
+
+def _create_state(adam: torch.optim.Optimizer, steps: int, moments_dtype: torch.dtype) -> None:
     from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 
+    ours = USING_PYTORCH_OPTIMIZER or isinstance(adam, Bf16MomentsAdamW)
     for group in adam.param_groups:
-        if not USING_PYTORCH_OPTIMIZER:
+        if not ours:
             group["step"] = steps
         for parameter in group["params"]:
-            state = adam.state[parameter]
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(parameter)
-            if USING_PYTORCH_OPTIMIZER:
-                state["step"] = torch.tensor(float(steps), device=parameter.device if group.get("fused") else "cpu")
+            state = zero_state(parameter, group, moments_dtype, steps)
+            if not ours:
+                del state["step"]
+            adam.state[parameter].update(state)

@@ -48,8 +48,9 @@ def _train(cfg: RunConfig, world: World) -> int:
     from dsvl_train.training import checkpoint
     from dsvl_train.training.bad_samples import BadSampleWatch
     from dsvl_train.training.callbacks import default_callbacks
+    from dsvl_train.training.callbacks.evaluation import Evaluation
     from dsvl_train.training.interrupt import StopRequest
-    from dsvl_train.training.setup import build_trainable, check_processor
+    from dsvl_train.training.setup import build_trainable, building_place, check_processor
     from dsvl_train.training.step import TrainStep
     from dsvl_train.training.trainer import Trainer
     from dsvl_train.training.watchdog import Watchdog
@@ -60,7 +61,7 @@ def _train(cfg: RunConfig, world: World) -> int:
     resume_from = checkpoint.prepare_resume(cfg)
     data = _open_data(cfg, world)
     check_processor(cfg.model, data.processor)
-    model = build_model(cfg.model, cfg.stage, cfg.parallel, world, cfg.run.seed, choose_division(cfg))
+    model = build_model(cfg.model, cfg.stage, cfg.parallel, building_place(cfg, world), cfg.run.seed, choose_division(cfg))
     if resume_from is None:
         _load_initial_weights(cfg, world, model)
     chunks, optimiser = build_trainable(cfg, world, model)
@@ -69,6 +70,9 @@ def _train(cfg: RunConfig, world: World) -> int:
     bad_samples = BadSampleWatch(run_dir, cfg.data.max_bad_fraction, is_main=world.is_main)
     saver = checkpoint.Saver(cfg, world, model, optimiser)
     callbacks = default_callbacks(cfg.logging)
+    if cfg.eval.every:
+        evaluation = Evaluation(cfg, world, model, watchdog.pulse, lambda: stop.requested, optimiser.whole_weights)
+        callbacks = default_callbacks(cfg.logging, evaluation)
     trainer = Trainer(cfg, world, model, optimiser, data, train_step, callbacks, stop, bad_samples, watchdog, saver)
     bad_so_far = samples_seen = 0
     if resume_from is not None:

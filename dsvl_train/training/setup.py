@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -14,13 +17,18 @@ from dsvl_train.data.processor import Processor
 from dsvl_train.models.vision import STORED_ONLY
 from dsvl_train.models.vlm import VisionLanguageModel, whole_model_name
 from dsvl_train.parallel.startup import World
+from dsvl_train.training.engine import Chunk, Optimiser
 from dsvl_train.training.optimiser import ModalityOptimiser
 from dsvl_train.training.stages import apply_policy, format_summary, resolve_policy, summary
 
 
-def build_trainable(
-    cfg: RunConfig, world: World, model: VisionLanguageModel
-) -> tuple[dict[str, DistributedDataParallel], ModalityOptimiser]:
+def building_place(cfg: RunConfig, world: World) -> World:
+    """Where to build the model: in main memory under ZeRO-3, for which a device need not hold it whole."""
+    on_host = cfg.engine.name == "deepspeed" and cfg.engine.zero_stage == 3
+    return replace(world, device=torch.device("cpu")) if on_host else world
+
+
+def build_trainable(cfg: RunConfig, world: World, model: VisionLanguageModel) -> tuple[Mapping[str, Chunk], Optimiser]:
     """Freeze as the stage says (and what is only stored), wrap the chunks for data parallelism, and make their optimiser.
 
     Raises:
@@ -39,16 +47,26 @@ def build_trainable(
     model.vision.tower_trains = _trains_up_to_here(model)
     if world.is_main:
         print(format_summary(summary(sizes, multipliers)), file=sys.stderr, flush=True)
+    by_chunk = {
+        key: {name: multipliers[whole_model_name(chunk, name)] for name, _ in chunk.named_parameters()}
+        for key, chunk in model.chunks.items()
+    }
+    if cfg.engine.name == "deepspeed":
+        from dsvl_train.training.deepspeed_engine import build_zero  # an optional extra
+
+        return build_zero(cfg.engine, cfg.optim, world, model, by_chunk)
+    return _build_megatron(cfg, world, model, by_chunk)
+
+
+def _build_megatron(
+    cfg: RunConfig, world: World, model: VisionLanguageModel, multipliers: Mapping[str, Mapping[str, float | None]]
+) -> tuple[Mapping[str, Chunk], Optimiser]:
     distributed = cfg.parallel.distributed_optimizer
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=distributed)
     chunks = {name: DistributedDataParallel(chunk.config, ddp_config, chunk) for name, chunk in model.chunks.items()}
     for chunk in chunks.values():
         chunk.train()
-    by_chunk = {
-        key: {name: multipliers[whole_model_name(chunk, name)] for name, _ in chunk.named_parameters()}
-        for key, chunk in model.chunks.items()
-    }
-    return chunks, ModalityOptimiser(cfg.optim, chunks, by_chunk, world.params_dtype, distributed=distributed)
+    return chunks, ModalityOptimiser(cfg.optim, chunks, multipliers, world.params_dtype, distributed=distributed)
 
 
 def _trains_up_to_here(model: VisionLanguageModel) -> bool:

@@ -11,7 +11,7 @@ Shapes: t = tokens of a micro-batch, c = data sources.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from dsvl_train.config.schema import RunConfig
@@ -29,8 +29,8 @@ from dsvl_train.parallel.pipeline import run_pipeline
 from dsvl_train.parallel.startup import World
 from dsvl_train.parallel.tile_exchange import TileRoute
 from dsvl_train.parallel.tile_plan import encoded_tiles, plan_exchanges
+from dsvl_train.training.engine import Chunk, Optimiser
 from dsvl_train.training.guards import UpdateGuard
-from dsvl_train.training.optimiser import ModalityOptimiser
 from dsvl_train.training.rank_table import RankTable
 
 MOST_TILES = 18
@@ -59,8 +59,8 @@ class TrainStep:
         cfg: RunConfig,
         world: World,
         model: VisionLanguageModel,
-        chunks: dict[str, DistributedDataParallel],
-        optimiser: ModalityOptimiser,
+        chunks: Mapping[str, Chunk],
+        optimiser: Optimiser,
         sources: list[str],
         pulse: Callable[[int, str], None] = lambda step, phase: None,
     ) -> None:
@@ -75,6 +75,7 @@ class TrainStep:
         first_of_tp = parallel_state.get_tensor_model_parallel_rank() == 0
         self._speaks_for_batch = first_of_tp and parallel_state.is_pipeline_first_stage()
         self._speaks_for_loss = first_of_tp and parallel_state.is_pipeline_last_stage()
+        self._speaks_for_bias = first_of_tp and world.dp_rank == 0
         self._loss_sum_c = torch.zeros(len(sources), dtype=torch.float64, device=world.device)
         self._supervised_c = torch.zeros(len(sources), dtype=torch.float64, device=world.device)
         for chunk in model.chunks.values():
@@ -97,19 +98,19 @@ class TrainStep:
         counts = self._count(batch, stop_requested)
         rates = self.optimiser.set_learning_rate(learning_rate)
         self._pulse(batch.step, "forward and backward")
-        biases = self._selection_biases()
+        biases_before = self._selection_biases()
         self.ranks.start()
         self._forward_backward(batch, counts)
         self._pulse(batch.step, "reducing metrics")
-        metrics = self._reduce_metrics(counts)
+        metrics = self._reduce_metrics(counts, biases_before)
         self._pulse(batch.step, "updating")
         grad_norm = self.optimiser.prepare(batch.modality)
         verdict = self.guard.judge(batch.step, batch.modality, metrics["loss"], grad_norm)
         if verdict.update:
             self.optimiser.update(batch.modality, grad_norm)
         else:  # finalising the gradients has moved the biases already
-            for bias_e, before_e in biases:
-                bias_e.copy_(before_e)
+            for layer, before_e in biases_before.items():
+                self.routers[layer].expert_bias.copy_(before_e)
         seconds = time.perf_counter() - started
         return metrics | {
             "grad_norm": grad_norm,
@@ -174,7 +175,7 @@ class TrainStep:
         return [TileRoute(exchange, shard) for exchange in exchanges]
 
     def _forward_step(
-        self, micro_batches: Iterator[tuple[MicroBatch, TileRoute | None]], chunk: DistributedDataParallel, supervised_tokens: int
+        self, micro_batches: Iterator[tuple[MicroBatch, TileRoute | None]], chunk: Chunk, supervised_tokens: int
     ) -> tuple[Tensor, Any]:
         """Megatron's schedule calls this once per micro-batch and chunk of the pipeline."""
         micro, route = next(micro_batches)
@@ -182,8 +183,7 @@ class TrainStep:
             return self._encode(micro, route)[:, None], None
         visual_vh = None
         encodes_here = self.model.vision.finishes and not self.model.division.spread and chunk.module.pre_process
-        others_come = route is not None and route.exchange is not None
-        if encodes_here and (micro.tiles or others_come):
+        if encodes_here and self._modality == "multimodal":  # without tiles too: the ranks' encoders keep in step
             visual_vh = self._encode(micro, route)
         labels_t = self._to_device(micro.labels_t)
         out = chunk(
@@ -227,13 +227,15 @@ class TrainStep:
             active.append(active.pop(0))  # Megatron looks for the embedding in the first chunk of the first rank, so the encoder goes last
         finalize_model_grads(active, None, **kwargs)
 
-    def _reduce_metrics(self, counts: BatchCounts) -> dict[str, Any]:
-        """Losses per source and expert load, summed over ranks."""
+    def _reduce_metrics(self, counts: BatchCounts, biases: dict[int, Tensor]) -> dict[str, Any]:
+        """Losses per source and the routers' statistics, summed over ranks; `biases` are those that the step routed with."""
         speaks = float(self._speaks_for_loss)
         parts = [self._loss_sum_c * speaks, self._supervised_c * speaks]
         for layer in self._moe_layers:
             router = self.routers.get(layer)  # None: another pipeline rank has it
+            bias_e = biases.get(layer, self._no_load_e) * float(self._speaks_for_bias)
             parts += [self._no_load_e, self._no_load_e[:1]] if router is None else [router.load_e, router.aux_loss.reshape(1)]
+            parts.append(bias_e)
         parts.append(self.ranks.own_row())
         vector = torch.cat([part.double() for part in parts])
         dist.all_reduce(vector)
@@ -244,34 +246,37 @@ class TrainStep:
             for name, total, number in zip(self.sources, loss_sum_c.tolist(), supervised_c.tolist(), strict=True)
             if number
         }
-        return {"loss": loss, "loss_by_source": by_source} | _expert_metrics(rest[0::2], rest[1::2]) | self.ranks.metrics(rank_table)
+        return {"loss": loss, "loss_by_source": by_source} | self._expert_metrics(rest) | self.ranks.metrics(rank_table)
+
+    def _expert_metrics(self, statistics: Sequence[Tensor]) -> dict[str, Any]:
+        """From load, balancing loss and bias of each MoE layer: share of the routed tokens and selection bias per layer and expert, how far
+        the fullest expert is above an even load, and the layers' mean balancing loss."""
+        loads, aux_losses, biases = (statistics[part::3] for part in range(3))
+        if not loads:
+            return {}
+        shares = [(load / load.sum().clamp(min=1)) for load in loads]
+        metrics = {
+            "expert_load": [share.tolist() for share in shares],
+            "expert_max_violation": [float(share.max() * share.numel() - 1) for share in shares],
+            "aux_loss": float(torch.stack(list(aux_losses)).mean()),
+        }
+        has_bias = self.cfg.model.language.moe is not None and self.cfg.model.language.moe.expert_bias
+        return metrics | ({"expert_bias": [bias.tolist() for bias in biases]} if has_bias else {})
 
     # ----------------------------------------------------------------------------------------------------------- helpers
 
-    def _selection_biases(self) -> list[tuple[Tensor, Tensor]]:
-        """(bias, its value now) of the experts' selection on this rank."""
-        return [(router.expert_bias, router.expert_bias.clone()) for router in self.routers.values() if router.expert_bias is not None]
+    def _selection_biases(self) -> dict[int, Tensor]:
+        """Layer -> copy of the bias of the experts' selection, for the layers of this rank that have one."""
+        return {layer: router.expert_bias.clone() for layer, router in self.routers.items() if router.expert_bias is not None}
 
-    def _active_chunks(self) -> list[DistributedDataParallel]:
+    def _active_chunks(self) -> list[Chunk]:
         """The chunks that this step trains."""
         return [chunk for name, chunk in self.chunks.items() if self._modality == "multimodal" or name != "vision"]
 
-    def _pipeline_chunks(self) -> list[DistributedDataParallel]:
+    def _pipeline_chunks(self) -> list[Chunk]:
         """The chunks that the schedule calls; where the encoder is not a chunk of its own, the first language chunk calls it."""
         spread = self.model.division.spread
         return [chunk for name, chunk in self.chunks.items() if name != "vision" or (spread and self._modality == "multimodal")]
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.world.device, non_blocking=True)
-
-
-def _expert_metrics(loads: list[Tensor], aux_losses: list[Tensor]) -> dict[str, Any]:
-    """Share of the routed tokens per layer and expert, how far the fullest expert is above an even load, and the balancing loss."""
-    if not loads:
-        return {}
-    shares = [(load / load.sum().clamp(min=1)) for load in loads]
-    return {
-        "expert_load": [share.tolist() for share in shares],
-        "expert_max_violation": [float(share.max() * share.numel() - 1) for share in shares],
-        "aux_loss": float(torch.stack(aux_losses).mean()),
-    }

@@ -17,9 +17,9 @@ from dsvl_train.parallel.startup import World
 from dsvl_train.training.bad_samples import BadSampleWatch
 from dsvl_train.training.callbacks import Callback, Metrics
 from dsvl_train.training.checkpoint import CheckpointError, Saver, TrainState
+from dsvl_train.training.engine import Optimiser
 from dsvl_train.training.guards import TrainingDiverged, note_step
 from dsvl_train.training.interrupt import StopRequest
-from dsvl_train.training.optimiser import ModalityOptimiser
 from dsvl_train.training.schedules import learning_rate
 from dsvl_train.training.step import BatchCounts, TrainStep
 from dsvl_train.training.watchdog import Watchdog
@@ -43,7 +43,7 @@ class Trainer:
     cfg: RunConfig
     world: World
     model: VisionLanguageModel
-    optimiser: ModalityOptimiser
+    optimiser: Optimiser
     data: DataPipeline
     train_step: TrainStep
     callbacks: Sequence[Callback]

@@ -23,7 +23,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     context = mp.get_context("spawn")
     results: Any = context.SimpleQueue()
-    port = _free_port()
+    (port,) = free_ports(1)
     ranks = [
         context.Process(target=_rank_main, args=(rank, world_size, port, function, args, results), daemon=True)
         for rank in range(world_size)
@@ -91,7 +91,10 @@ def _rank_main(rank: int, world_size: int, port: int, function: Callable[..., An
         results.put((rank, False, traceback.format_exc()))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Different ports of this machine that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 
-def train_tiny(family: str, parallel: dict[str, int], modalities: list[str], options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Train a tiny model for a few steps. Returns losses, gradient norms, and the whole final weights by logical name."""
+def train_tiny(
+    family: str,
+    parallel: dict[str, int],
+    modalities: list[str],
+    options: dict[str, Any] | None = None,
+    faults: dict[int, str] | None = None,
+) -> dict[str, Any]:
+    """Train a tiny model for a few steps.
+
+    Args:
+        faults: step -> `nan` (its losses) or `skip` (it is judged to be a spike); such a step may not update.
+
+    Returns losses, gradient norms, weights before and after by logical name with the optimiser's state, and what text steps changed of
+    vision and adaptor.
+    """
     from dsvl_train.parallel import startup
     from tests.tiny import SOURCES, tiny_batch, tiny_run
 
@@ -25,16 +39,45 @@ def train_tiny(family: str, parallel: dict[str, int], modalities: list[str], opt
     model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=0, division=choose_division(cfg))
     chunks, optimiser = build_trainable(cfg, world, model)
     step = TrainStep(cfg, world, model, chunks, optimiser, SOURCES)
-    initial = whole_weights(model)
-    records = []
+    spoil(step, faults or {})
+    initial = whole_tensors(optimiser.boxes(model))
+    records: list[dict[str, Any]] = []
+    touched: set[str] = set()
     sent = watch_encoder_gradients(cfg.model.language.hidden_size)
     for number, modality in enumerate(modalities, start=1):
         batch = tiny_batch(cfg.model, number, modality, world.dp_rank, world.dp_size)  # type: ignore[arg-type]
+        before = of_vision(optimiser.boxes(model)) if modality == "text" else {}
         metrics, _ = step(batch, cfg.optim.lr, stop_requested=False)
+        after = of_vision(optimiser.boxes(model)) if modality == "text" else {}
+        touched |= {name for name, tensor in after.items() if not tensor.equal(before[name])}
         records.append(metrics)
-    result = {"records": records, "initial": initial, "weights": whole_weights(model), "updates": optimiser.steps_taken()}
+    result = {"records": records, "initial": initial, "weights": whole_tensors(optimiser.boxes(model)), "updates": optimiser.steps_taken()}
     startup.stop()
-    return (result if world.is_main else {"records": records}) | {"encoder_gradients_sent": len(sent)}
+    return (result if world.is_main else {"records": records}) | {"encoder_gradients_sent": len(sent), "touched_by_text": touched}
+
+
+def spoil(step: Any, faults: dict[int, str]) -> None:
+    """Make steps fail as `faults` says."""
+    from dsvl_train.training.guards import Verdict
+
+    loss, judge = step._loss, step.guard.judge
+    now = {"step": 0}
+
+    def spoiled_loss(*inputs: Any) -> Any:
+        return loss(*inputs[:-1], inputs[-1] * (float("nan") if faults.get(now["step"]) == "nan" else 1.0))
+
+    def spoiled_judge(number: int, *rest: Any) -> Verdict:
+        return Verdict(False, "as told") if faults.get(number) == "skip" else judge(number, *rest)
+
+    def note_step(number: int, phase: str) -> None:
+        now["step"] = number
+
+    step._loss, step.guard.judge, step._pulse = spoiled_loss, spoiled_judge, note_step
+
+
+def of_vision(boxes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Copies of this rank's tensors of encoder and adaptor, the optimiser's among them."""
+    return {name: box.local.clone() for name, box in boxes if ".vision." in name or ".adaptor." in name}
 
 
 def watch_encoder_gradients(hidden_size: int) -> list[tuple[int, ...]]:
@@ -75,14 +118,12 @@ def count_encoded(parallel: dict[str, Any], tiles_mr: list[list[int]]) -> dict[s
     return {"encoded": sum(encoded), "loss": metrics["loss"], "tile_imbalance_encoded": metrics.get("tile_imbalance_encoded")}
 
 
-def whole_weights(model: Any) -> dict[str, Any]:
-    """Every logical tensor of the model, put together from all ranks, as numpy arrays."""
+def whole_tensors(boxes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Weights (by their logical name) and the optimiser's tensors, put together from all ranks, as numpy arrays."""
     import torch
     import torch.distributed as dist
 
-    from dsvl_train.models.logical import logical_tensors
-
-    mine = [(t.name, t.shape, t.offset, t.of(local.detach()).clone().numpy()) for t, local in logical_tensors(model)]
+    mine = [(name.removeprefix("model."), box.whole, box.offset, box.local.to(torch.float32, copy=True).numpy()) for name, box in boxes]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     whole: dict[str, Any] = {}

@@ -60,7 +60,7 @@ def read_batches(root: str, parallel: dict[str, int], fault: str = "") -> dict[s
     try:
         for step in pipeline:
             micro = [{k: None if v is None else v.numpy().copy() for k, v in vars(one).items()} for one in step.micro_batches]
-            steps.append({**vars(step), "micro_batches": micro})
+            steps.append({**vars(step), "micro_batches": micro, "sample_names": step.sample_names()})
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
     reads = source.reader.reads
@@ -122,7 +122,7 @@ def test_bad_samples_and_failures_of_the_reader_reach_its_peers(data: Path) -> N
     first, second = run_ranks(read_batches, 2, str(data), {"tp": 2}, "bad")
     assert_equal(second["steps"], first["steps"])
     assert first["bad"] == second["bad"] != []
-    assert any(step["bad_samples"] for step in second["steps"])
+    assert any(step["bad"] for step in second["steps"])
     first, second = run_ranks(read_batches, 2, str(data), {"tp": 2}, "crash")
     assert first["error"].startswith("RuntimeError: sample")
     assert second["error"] == f"ReaderFailed: rank 0, which reads the data for this rank, failed: {first['error']}"

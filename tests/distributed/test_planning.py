@@ -26,7 +26,11 @@ FULL = pytest.mark.full
 CASES = [
     ("vl", 2, {"parallel.pp": 2, "parallel.vpp": 2, "model.language.tie_embeddings": True, "parallel.vision_recompute": True}),
     ("vl2", 4, {"parallel.tp": 2, "parallel.pp": 2, "parallel.ep": 2, "parallel.vision_tp": "shard"}),
-    ("vl2", 2, {"parallel.distributed_optimizer": True, "engine.precision": "bf16", "parallel.recompute": "full"}),
+    (
+        "vl2",
+        2,
+        {"parallel.distributed_optimizer": True, "engine.precision": "bf16", "parallel.recompute": "full", "optim.moments_dtype": "bf16"},
+    ),
     pytest.param(
         "vl", 4, {"parallel.tp": 2, "parallel.pp": 2, "stage.policy": VL_SFT, "model.vision.stored_layer_norms": True}, marks=FULL
     ),

@@ -23,9 +23,11 @@ from dsvl_train.reporting.metrics import read_metrics
 from tests.distributed.harness import small_disk
 from tests.distributed.small_runs import ANSWERS, REPOSITORY, losses, make_data, overrides, start, train
 
+FULL = pytest.mark.full
 PIPELINE = ["parallel.tp=2", "parallel.pp=2"]
 EXPERTS = ["parallel.ep=2", "parallel.tile_balance=true"]
 SHARED_STATE = "parallel.distributed_optimizer=true"
+ZERO1, ZERO2, ZERO3 = (["engine=deepspeed", f"engine.zero_stage={stage}", "engine.zero_keep_whole=1000"] for stage in (1, 2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +87,19 @@ def test_stop_after_and_resume_continue_the_same_loss_curve(data: Path, uninterr
     assert losses(run_dir) == losses(uninterrupted)
 
 
-def test_a_shared_optimiser_in_bf16_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
-    """The fp32 weights and moments that only one rank each holds come back to it."""
-    half = ["engine.precision=bf16", SHARED_STATE]
+@pytest.mark.parametrize(
+    "shared",
+    [
+        [SHARED_STATE, "optim.moments_dtype=bf16"],
+        ZERO3,
+        pytest.param(ZERO1, marks=FULL),
+        pytest.param([*ZERO2, "engine.offload=optimizer"], marks=FULL),
+    ],
+    ids=["Megatron's", "ZeRO-3", "ZeRO-1", "ZeRO-2 offloaded"],
+)
+def test_a_shared_optimiser_in_bf16_resumes_bit_for_bit(data: Path, tmp_path: Path, shared: list[str]) -> None:
+    """The fp32 weights and the moments that only one rank each holds come back to it."""
+    half = ["engine.precision=bf16", *shared]
     for name, parts in (("straight", [[]]), ("stopped", [["run.stop_after=5"], []])):
         for part in parts:
             done = train(overrides(data, tmp_path / name, *half, *part), ranks=2)
@@ -112,9 +124,6 @@ def test_ctrl_c_under_torchrun_saves_and_the_run_goes_on(data: Path, uninterrupt
     assert losses(run_dir) == losses(uninterrupted)
 
 
-FULL = pytest.mark.full
-
-
 @pytest.mark.parametrize(
     ("family", "stage", "layout", "ranks"),
     [
@@ -123,6 +132,11 @@ FULL = pytest.mark.full
         ("vl", "align", PIPELINE, 4),
         ("vl2", "pretrain", PIPELINE, 4),
         ("vl2", "sft", EXPERTS, 4),
+        ("vl2", "align", ZERO3, 2),
+        pytest.param("vl", "align", ZERO1, 2, marks=FULL),
+        pytest.param("vl", "pretrain", ZERO2, 2, marks=FULL),
+        pytest.param("vl", "sft", ZERO3, 2, marks=FULL),
+        pytest.param("vl2", "lm", ZERO3, 2, marks=FULL),
         pytest.param("vl", "pretrain", PIPELINE, 4, marks=FULL),
         pytest.param("vl", "sft", PIPELINE, 4, marks=FULL),
         pytest.param("vl2", "align", PIPELINE, 4, marks=FULL),
@@ -142,13 +156,21 @@ def test_stages_of_both_families_run(data: Path, tmp_path: Path, family: str, st
     [
         ([], [*PIPELINE, "parallel.vision_division=first_stage"]),
         ([*EXPERTS, SHARED_STATE], PIPELINE),
+        (ZERO3, []),
         pytest.param(PIPELINE, [], marks=FULL),
         pytest.param(PIPELINE, [*EXPERTS, SHARED_STATE], marks=FULL),
+        pytest.param([], ZERO3, marks=FULL),
+        pytest.param(ZERO3, ZERO1, marks=FULL),
+        pytest.param(PIPELINE, ZERO2, marks=FULL),
+        pytest.param(ZERO2, EXPERTS, marks=FULL),
     ],
-    ids=["to a pipeline", "from a shared optimiser", "from a pipeline", "to a shared optimiser"],
+    ids=[
+        *("to a pipeline", "from a shared optimiser", "from ZeRO-3", "from a pipeline", "to a shared optimiser", "to ZeRO-3"),
+        *("from ZeRO-3 to ZeRO-1", "from a pipeline to ZeRO-2", "from ZeRO-2 to experts apart"),
+    ],
 )
 def test_a_run_goes_on_with_another_layout(data: Path, uninterrupted: Path, tmp_path: Path, first: list[str], then: list[str]) -> None:
-    """The next global batches and losses are those of the run left alone."""
+    """Or with another engine; the next global batches and losses are those of the run left alone."""
     run_dir = tmp_path / "run"
     done = train(overrides(data, run_dir, "run.stop_after=5", *first), ranks=4 if first else 1)
     assert done.returncode == 0, done.stderr

@@ -55,8 +55,9 @@ def vl() -> RunConfig:
 # ------------------------------------------------------------------------------------------------------------------- composition
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_composes_and_is_valid(recipe: str) -> None:
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe.startswith("demo_")])
+def test_the_demos_recipes_compose_and_are_valid(recipe: str) -> None:
+    """Those of the papers: test_recipes.py."""
     config = compose_run([f"recipe={recipe}"])
     for world_size in (1, 2):
         validate(config, world_size)
@@ -98,6 +99,13 @@ def test_overrides_reach_settings_that_no_yaml_mentions() -> None:
     config = compose_run([VL2, "model.language.rope_theta=5e5", "model.language.init_std=0.01", "run.stop_after=7", "resume=none"])
     assert config.model.language.rope_theta == 5e5
     assert (config.model.language.init_std, config.run.stop_after, config.resume) == (0.01, 7, "none")
+
+
+def test_tasks_of_an_evaluation_are_named_in_overrides() -> None:
+    config = compose_run(["recipe=demo_vl2/sft", "eval=demo", "eval.tasks.mmlu=mmlu:/data/mmlu/test", "~eval.tasks.words", "eval.limit=9"])
+    assert config.eval.tasks == {"digits": "runs/demo/data/eval/digits.jsonl", "mmlu": "mmlu:/data/mmlu/test"}
+    assert (config.eval.every, config.eval.limit, config.eval.options) == (100, 9, "text")
+    validate(config, world_size=1)
 
 
 def test_sources_can_be_added_and_removed() -> None:
@@ -187,7 +195,7 @@ def test_a_wrong_list_item_is_named_by_its_place() -> None:
 
 
 def test_no_recipe_lists_the_recipes() -> None:
-    with pytest.raises(ConfigError, match=r"a recipe must be given; there are demo_vl/align, .*demo_vl2/sft"):
+    with pytest.raises(ConfigError, match=r"a recipe must be given; there are deepseek_vl2/align, .*demo_vl2/sft"):
         compose_run([])
 
 
@@ -197,7 +205,8 @@ def test_one_lost_letter_finds_the_key_again(key: str, data: st.DataObject) -> N
     place = data.draw(st.integers(0, len(name) - 1))
     mistyped = key[: len(key) - len(name)] + name[:place] + name[place + 1 :]
     if len(name) > 4 and matching_key(mistyped) is None:
-        assert nearest_key(mistyped) == key
+        found = nearest_key(mistyped)
+        assert found == key or any(found[:i] + found[i + 1 :] == mistyped for i in range(len(found)))  # as near: qk_ope_dim is two keys'
 
 
 # --------------------------------------------------------------------------------------------------------------------- round trip
@@ -244,7 +253,6 @@ def test_config_yaml_that_does_not_fit_is_refused(tmp_path: Path, vl2: RunConfig
     ("settings", "key", "words"),
     [
         ({"parallel__cp": 2}, "parallel.cp", "not available in this version"),
-        ({"engine__name": "deepspeed"}, "engine", "only has engine=megatron"),
         ({"run__max_steps": 0}, "run.max_steps", "at least 1"),
         ({"run__stop_after": 401}, "run.stop_after, run.max_steps", "401, 400"),
         ({"run__seed": -1}, "run.seed", "at least 0"),
@@ -287,14 +295,25 @@ def test_config_yaml_that_does_not_fit_is_refused(tmp_path: Path, vl2: RunConfig
         ({"optim__lr": 0.0}, "optim.lr", "above 0"),
         ({"optim__betas": [0.9]}, "optim.betas", "two numbers"),
         ({"optim__eps": 0.0}, "optim.eps", "above 0"),
+        ({"optim__moments_dtype": "bf16", "optim__betas": [0.9, 0.999]}, "optim.betas, optim.moments_dtype", "0.996094"),
         ({"optim__weight_decay": -0.1}, "optim.weight_decay", "at least 0"),
         ({"optim__schedule__min_ratio": 2.0}, "optim.schedule.min_ratio", "between 0 and 1"),
         ({"optim__schedule__factors": [0.1]}, "optim.schedule.milestones, optim.schedule.factors", "as many factors"),
         ({"optim__schedule__milestones": [0.75, 0.5]}, "optim.schedule.milestones", "rising fractions"),
         ({"optim__schedule__milestones": [0.5, 1.5]}, "optim.schedule.milestones", "rising fractions"),
         ({"optim__schedule__factors": [0.5, -0.1]}, "optim.schedule.factors", "not be negative"),
+        ({"eval__every": -1}, "eval.every", "at least 0"),
+        ({"eval__every": 5}, "eval.every, eval.tasks, eval.text", "nothing to evaluate"),
+        ({"eval__tasks": {"a/b": "c.jsonl"}}, "eval.tasks", "without slashes"),
         ({"engine__timeout_s": 0}, "engine.timeout_s", "at least 1"),
-        ({"engine__zero_stage": 4}, "engine.zero_stage", "0, 1, 2 or 3"),
+        ({"engine__zero_stage": 0}, "engine.zero_stage", "1, 2 or 3"),
+        ({"engine__zero_keep_whole": -1}, "engine.zero_keep_whole", "at least 0"),
+        ({"engine__offload": "optimizer"}, "engine.offload", "setting of engine=deepspeed"),
+        ({"engine__name": "deepspeed", "engine__offload": "all"}, "engine.offload", "need engine.zero_stage=3, and it is 1"),
+        ({"engine__name": "deepspeed", "parallel__tp": 2}, "parallel.tp", "data parallel alone"),
+        ({"engine__name": "deepspeed", "parallel__ep": 2}, "parallel.ep", "data parallel alone"),
+        ({"engine__name": "deepspeed", "parallel__distributed_optimizer": True}, "parallel.distributed_optimizer", "every ZeRO stage"),
+        ({"engine__name": "deepspeed", "optim__update_idle": True}, "optim.update_idle", "cannot step parameters"),
         ({"engine__device": "cpu", "engine__precision": "bf16"}, "engine.precision", "bf16 needs CUDA"),
     ],
 )

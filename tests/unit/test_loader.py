@@ -65,7 +65,9 @@ def samples_of(micro_batches: Iterable[MicroBatch]) -> list[tuple[int, tuple[int
 
 
 def assert_same(left: StepBatch, right: StepBatch) -> None:
-    assert {**vars(left), "micro_batches": 0} == {**vars(right), "micro_batches": 0}
+    apart = {"micro_batches": 0, "sample_names": 0}
+    assert {**vars(left), **apart} == {**vars(right), **apart}
+    assert left.sample_names() == right.sample_names()
     for one, other in zip(left.micro_batches, right.micro_batches, strict=True):
         for name, value in vars(one).items():
             theirs = getattr(other, name)

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from dsvl_train.evaluation.scorers import (
     SCORERS,
     anls,
+    best_score,
     bits_per_byte,
     character_accuracy,
     contains,
     edit_distance,
     exact_match,
+    last_number,
     relaxed_number,
 )
 
@@ -89,6 +91,24 @@ def test_anls_takes_the_best_truth_and_cuts_at_the_threshold():
 )  # fmt: skip
 def test_relaxed_number(answer, truth, score):
     assert relaxed_number(answer, truth) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("3 + 4 = 7 apples.\n#### 7", "7", 1), ("So it is 1,200.", "1200", 1), ("7, or 8", "7", 0), ("$18.50.", "18.5", 1),
+        ("10-5=5", "5", 1), ("it falls to -5", "-5", 1), ("none", "7", 0), ("", "7", 0), ("x7", "7", 0), ("1e3", "1000", 1),
+        (".5", "0.5", 1), ("Ann", "ann", 1),
+    ],
+)  # fmt: skip
+def test_last_number(answer, truth, score):
+    assert last_number(answer, truth) == score
+
+
+def test_any_of_several_truths_will_do():
+    assert best_score("exact_match", "a cat", ["dog", "A cat."]) == 1.0
+    assert best_score("anls", "hallo", ["goodbye", "hallo!"]) == pytest.approx(5 / 6)
+    assert best_score("contains", "a dog", ["cat", "cow"]) == 0.0
 
 
 def test_bits_per_byte():

@@ -159,17 +159,17 @@ def test_text_steps_with_a_frozen_language_model_are_refused(world: startup.Worl
         Bench(world, "vl", stage__policy=policy, data__text_ratio=0.5)
 
 
-@pytest.mark.parametrize("family", ["vl", "vl2"])
-def test_a_restored_run_goes_on_bit_for_bit(world: startup.World, family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "moments"), [("vl", "fp32"), ("vl2", "fp32"), ("vl2", "bf16")])
+def test_a_restored_run_goes_on_bit_for_bit(world: startup.World, family: str, moments: str, tmp_path: Path) -> None:
     from dsvl_train.training import checkpoint
 
-    straight = Bench(world, family)
+    straight = Bench(world, family, optim__moments_dtype=moments)
     straight.run("multimodal", "text", "text")
     state = checkpoint.TrainState(3, {"cursor": 7}, straight.optimiser.steps_taken(), bad_samples=2, totals={"tokens": 5})
     folder = save(world, straight, tmp_path, state)
     expected = straight.run("multimodal", "text")
 
-    restored = Bench(world, family, run__seed=99)
+    restored = Bench(world, family, run__seed=99, optim__moments_dtype=moments)
     assert checkpoint.load(folder, restored.model, restored.optimiser) == state
     restored.done = 3
     got = restored.run("multimodal", "text")

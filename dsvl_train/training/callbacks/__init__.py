@@ -11,9 +11,9 @@ from dsvl_train.training.callbacks.wandb_logger import WandbLogger
 __all__ = ["Callback", "Health", "Metrics", "MetricsFile", "Progress", "Throughput", "TrainerView", "WandbLogger", "default_callbacks"]
 
 
-def default_callbacks(logging: LoggingConfig) -> list[Callback]:
-    """The callbacks of an ordinary run, in the order that they need: what adds keys comes before what writes them."""
-    callbacks: list[Callback] = [Throughput(), Health(), MetricsFile()]
+def default_callbacks(logging: LoggingConfig, *adding: Callback) -> list[Callback]:
+    """The callbacks of an ordinary run, in the order that they need: what adds keys, `adding` too, comes before what writes them."""
+    callbacks: list[Callback] = [Throughput(), Health(), *adding, MetricsFile()]
     if logging.wandb != "disabled":
         callbacks.append(WandbLogger())
     if logging.progress:

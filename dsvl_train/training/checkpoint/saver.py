@@ -31,7 +31,7 @@ from dsvl_train.parallel.startup import World
 from dsvl_train.training.checkpoint.agreement import all_agree, gather
 from dsvl_train.training.checkpoint.snapshot import HostCopy
 from dsvl_train.training.checkpoint.state import TrainState
-from dsvl_train.training.optimiser import ModalityOptimiser
+from dsvl_train.training.engine import Optimiser
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class _Save:
 class Saver:
     """Saves checkpoints of a run. Every rank calls every method at the same step."""
 
-    def __init__(self, cfg: RunConfig, world: World, model: VisionLanguageModel, optimiser: ModalityOptimiser) -> None:
+    def __init__(self, cfg: RunConfig, world: World, model: VisionLanguageModel, optimiser: Optimiser) -> None:
         self._cfg, self._world = cfg, world
         self._run_dir = Path(cfg.run.dir)
         self._copy = HostCopy(model, optimiser)

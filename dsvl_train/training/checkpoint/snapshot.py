@@ -17,8 +17,7 @@ from torch import Tensor
 from dsvl_train.interop.native import Box
 from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.training.checkpoint.agreement import gather
-from dsvl_train.training.checkpoint.state import stored_boxes
-from dsvl_train.training.optimiser import ModalityOptimiser
+from dsvl_train.training.engine import Optimiser
 
 Key = bytes
 """Digest of a box's name and place: the same on every rank that holds it."""
@@ -28,7 +27,7 @@ _KEY_BYTES = 16
 class HostCopy:
     """Buffers for the boxes that this rank writes, filled again by each snapshot."""
 
-    def __init__(self, model: VisionLanguageModel, optimiser: ModalityOptimiser) -> None:
+    def __init__(self, model: VisionLanguageModel, optimiser: Optimiser) -> None:
         self._model, self._optimiser = model, optimiser
         self._divided_for: tuple[bool, ...] | None = None
         self._mine: frozenset[str] = frozenset()
@@ -40,13 +39,13 @@ class HostCopy:
         if self._divided_for != updated:  # the first update of a part brings its moments; all ranks see it alike
             self._mine = self._divide()
             self._divided_for = updated
-        boxes = {name: self._copy(name, box) for name, box in stored_boxes(self._model, self._optimiser) if name in self._mine}
+        boxes = {name: self._copy(name, box) for name, box in self._optimiser.boxes(self._model) if name in self._mine}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return boxes
 
     def _divide(self) -> frozenset[str]:
-        held = {name: (_key(name, box.offset), box.local.nbytes) for name, box in stored_boxes(self._model, self._optimiser)}
+        held = {name: (_key(name, box.offset), box.local.nbytes) for name, box in self._optimiser.boxes(self._model)}
         packed = b"".join(key + struct.pack("<q", size) for key, size in held.values())
         mine = divide([_unpack(of_rank) for of_rank in gather(packed)])[torch.distributed.get_rank()]
         return frozenset(name for name, (key, _) in held.items() if key in mine)
