@@ -1,6 +1,6 @@
 """What recomputation saves at the released models' widths: bytes that one more language layer keeps for the backward pass, per token.
 
-python benchmarks/activation_memory.py [--tokens 128]
+python benchmarks/activation_memory.py [--tokens 512]
 
 Counted, not timed, in bf16 on the CPU. Models are cut to a few layers and eight routed experts, which changes nothing that a layer keeps
 per token but the router's scores.
@@ -54,7 +54,7 @@ def _kept(model: ModelConfig, layers: int, level: str, tokens: int, world: start
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=128, help="of the micro-batch")
+    parser.add_argument("--tokens", type=int, default=512, help="of the micro-batch")
     tokens = parser.parse_args().tokens
     tiny = tiny_run("vl2")
     world = replace(startup.start(tiny.engine, tiny.parallel, seed=0), params_dtype=torch.bfloat16)

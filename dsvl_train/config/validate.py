@@ -359,7 +359,9 @@ def _check_engine(config: RunConfig, device: str) -> None:
         raise ConfigError("engine.zero_stage", "must be 1, 2 or 3", value=engine.zero_stage, fix="engine.zero_stage=1")
     _at_least(config, 0, "engine.zero_keep_whole")
     if engine.offload != "none" and engine.name != "deepspeed":
-        raise ConfigError("engine.offload", "is a setting of engine=deepspeed", value=engine.offload, fix="engine.offload=none")
+        raise ConfigError(
+            "engine.offload", "is a setting of engine=deepspeed", value=engine.offload, fix="engine.offload=none or engine=deepspeed"
+        )
     if engine.offload == "all" and engine.zero_stage < 3:
         rule = f"weights that lie in main memory need engine.zero_stage=3, and it is {engine.zero_stage}"
         raise ConfigError("engine.offload", rule, value=engine.offload, fix="engine.offload=optimizer or engine.zero_stage=3")
