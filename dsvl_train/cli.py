@@ -47,16 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("report", help="draw runs as one self-contained HTML page")
-    parser.add_argument("runs", nargs="+", help="run folders, in the order in which they were trained")
+    parser = commands.add_parser("report", help="draw runs, or a sweep, as one self-contained HTML page")
+    parser.add_argument("runs", nargs="+", help="run folders, in the order in which they were trained; or the folder of a sweep")
     parser.add_argument("--out", default="report.html", help="the page to write")
     parser.add_argument("--eval", action="append", default=[], metavar="STAGE=FILE", help="results of `dsvl eval --out`; repeat per stage")
     parser.set_defaults(run=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from dsvl_train.reporting import parse_evaluations, report
+    from dsvl_train.reporting import is_sweep, parse_evaluations, report, report_sweep
 
+    if len(arguments.runs) == 1 and not arguments.eval and is_sweep(Path(arguments.runs[0])):
+        print(report_sweep(Path(arguments.runs[0]), Path(arguments.out)))
+        print(arguments.out)
+        return 0
     page = report([Path(run) for run in arguments.runs], Path(arguments.out), parse_evaluations(arguments.eval))
     print(page)
     return 0

@@ -80,6 +80,15 @@ def find_latest(run_dir: Path) -> Path | None:
     return found[0]
 
 
+def steps_done(run_dir: Path) -> int:
+    """Step of the run's newest checkpoint; 0 without one, or if it is damaged: the run knows from which other one to go on."""
+    try:
+        latest = find_latest(run_dir)
+    except DamagedCheckpointError:
+        return 0
+    return 0 if latest is None else step_of(latest) or 0
+
+
 def looks_like_checkpoint(path: Path) -> bool:
     """Whether a folder is a checkpoint of ours, whole or not."""
     return any((path / name).is_file() for name in (MANIFEST_FILE, STATE_FILE))

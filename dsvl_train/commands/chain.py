@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from dsvl_train.checkpoints.folders import find_latest, step_of
-from dsvl_train.checkpoints.manifest import DamagedCheckpointError
+from dsvl_train.checkpoints.folders import steps_done
 from dsvl_train.config.compose import CONF_DIR, compose_run
 from dsvl_train.config.errors import ConfigError
 from dsvl_train.config.names import nearest_name
@@ -43,12 +42,7 @@ class Stage:
 
     @property
     def steps_done(self) -> int:
-        """Step of the run folder's latest checkpoint; 0 without one, or if it is damaged: the run knows from which other one to go on."""
-        try:
-            latest = find_latest(Path(self.config.run.dir))
-        except DamagedCheckpointError:
-            return 0
-        return 0 if latest is None else step_of(latest) or 0
+        return steps_done(Path(self.config.run.dir))
 
     @property
     def finished(self) -> bool:

@@ -46,7 +46,7 @@ class Series:
 
 @dataclass
 class Chart:
-    """A chart over steps."""
+    """A chart over steps, or over what `x_label` says."""
 
     title: str
     unit: str
@@ -66,6 +66,9 @@ class Chart:
     bands: Sequence[tuple[float, float, str]] = ()
     """(first, last, label) of ranges of steps set apart on the x axis."""
     wide: bool = False
+    x_label: str = "step"
+    x_whole: bool = True
+    """Only whole numbers stand on the x axis."""
 
 
 @dataclass
@@ -88,6 +91,7 @@ class Figures:
         self.payload[name] = {
             "title": chart.title,
             "x": [x_axis.low, x_axis.high],
+            "x_label": chart.x_label,
             "share": chart.share,
             "series": [
                 {"name": s.name, "colour": s.colour, "x": xs, "y": [None if y is None else float(f"{y:.7g}") for y in ys]}
@@ -100,7 +104,7 @@ class Figures:
             f'<div class="plot{" has-strip" if chart.strip else ""}{" has-bands" if chart.bands else ""}" data-figure="{name}">'
             f'<svg viewBox="0 0 {_BOX} {_BOX}" preserveAspectRatio="none" role="img" aria-label="{escape(_describe(chart, drawn))}">'
             f"{_grid(chart, x_axis, y_axis)}{marks}</svg>{_strip(chart.strip, x_axis)}{_labels(chart, x_axis, y_axis)}</div>"
-            f'<div class="x-label">step</div>{_note(" ".join([chart.note, *notes]).strip())}</figure>'
+            f'<div class="x-label">{escape(chart.x_label)}</div>{_note(" ".join([chart.note, *notes]).strip())}</figure>'
         )
 
     def script_data(self) -> str:
@@ -151,7 +155,7 @@ def _labels(chart: Chart, x_axis: Axis, y_axis: Axis) -> str:
     parts = [
         f'<span class="y-tick" style="top:{_y(y_axis, tick) / 10:.2f}%">{label}</span>' for tick, label in zip(y_ticks, words, strict=True)
     ]
-    ticks = [tick for tick in x_axis.ticks(5) if tick == int(tick)]
+    ticks = [tick for tick in x_axis.ticks(5) if not chart.x_whole or tick == int(tick)]
     parts += [f'<span class="x-tick" style="left:{_x(x_axis, tick) / 10:.2f}%">{compact(tick)}</span>' for tick in ticks]
     if chart.line_at:
         value, label = chart.line_at

@@ -67,11 +67,16 @@ def _page(runs: list[Run], evaluations: list[Evaluation], title: str | None) -> 
         "</main><footer>Made from metrics.jsonl and config.yaml of each run. "
         "A step that was repeated after a resume counts once, as it last ran.</footer>",
     ]
+    return document(heading, "".join(parts), figures)
+
+
+def document(heading: str, body: str, figures: Figures) -> str:
+    """A whole page, with the style sheet, the script and the figures' points in it."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_NO_OUTSIDE}"><title>{escape(heading)}</title>'
         f"<style>{CSS}</style></head><body>"
-        f"{''.join(parts)}{figures.script_data()}<script>{JS}</script></body></html>\n"
+        f"{body}{figures.script_data()}<script>{JS}</script></body></html>\n"
     )
 
 

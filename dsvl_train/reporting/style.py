@@ -192,7 +192,7 @@ JS = """
       if (!cursor) { cursor = element('div', plot, 'cursor'); tip = element('div', plot, 'tip'); }
       cursor.style.left = 100 * at + '%';
       tip.replaceChildren();
-      element('b', tip, '').textContent = 'step ' + step.toLocaleString('en');
+      element('b', tip, '').textContent = figure.x_label + ' ' + step.toLocaleString('en', {maximumFractionDigits: 10});
       figure.series.forEach((series, index) => {
         const value = maps[index].get(step);
         if (value == null) return;

@@ -99,3 +99,29 @@ def test_a_node_that_is_not_well_is_named_before_anything_starts(cluster: Slurm,
     assert done.returncode == 1, log
     assert "health check: rank 0 on " in log and "GB free, less than 1e+09" in log
     assert "==" not in log
+
+
+def test_a_sweep_is_one_job_per_point_and_a_preempted_one_goes_on(cluster: Slurm, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install -e .[slurm] brings the launcher")
+    folder = tmp_path / "sweep"
+    points = [folder / f"text_ratio={ratio}" for ratio in ("0.5", "0.6")]
+    sweep = [f"recipe={FAMILY}/pretrain", "shrink=tiny", f"data.root={data}", "init.from=null", f"run.dir={folder}"]
+    sweep += ["run.max_steps=8", "checkpoint.every=1", "parallel.tp=2", "data.text_ratio=0.5,0.6"]
+    slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2", "hydra.launcher.timeout_min=30"]
+    command = [sys.executable, "train.py", "-m", *sweep, *slurm]
+    environment = cluster.environment | SETTINGS
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as waiting:
+        metrics, deadline = points[0] / "metrics.jsonl", time.monotonic() + 400
+        while not metrics.is_file() or len(read_metrics(metrics)) < 2:
+            assert waiting.poll() is None and time.monotonic() < deadline, waiting.stdout and waiting.stdout.read()
+            time.sleep(0.05)
+        jobs = cluster.call("squeue", "--noheader", "--array", "--format=%A %K").split("\n")
+        assert len(jobs) == 2, jobs
+        first = next(number for number, index in map(str.split, jobs) if index == "0")
+        cluster.call("scancel", "--signal=USR2", first)  # as submitit asks Slurm to do before a job's time is up
+        cluster.start_now(first)
+        output, _ = waiting.communicate(timeout=600)
+    assert waiting.returncode == 0, output
+    assert "2 of 2 points finished" in output
+    assert cluster.job(first)["Restarts"] == "1"
+    assert [len((point / "metrics.jsonl").read_text().splitlines()) for point in points] == [8, 8], "a step was done twice"

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "failures": {"config"},
     "rank": {"config", "failures", "training"},
     "launcher": {"config", "failures", "rank", "training"},
+    "sweep": {"checkpoints", "config", "failures", "launcher"},
     "planning": {"planning", "training", "interop", "models", "parallel", "config"},
     "commands": {"checkpoints", "config", "data", "evaluation", "failures", "interop", "models", "parallel", "planning"},
     "cli": {
