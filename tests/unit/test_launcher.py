@@ -61,7 +61,9 @@ def test_ranks_that_end_well(tmp_path: Path) -> None:
 
 def test_the_first_error_is_the_one_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "FAILURE_GRACE_S", 1.0)
-    later = RAISES.format("time.sleep(0.5); raise RuntimeError('connection closed by peer')")
+    told = tmp_path / "error_1.json"
+    waits = f"import pathlib; any(time.sleep(0.05) for _ in iter(pathlib.Path({str(told)!r}).exists, True))"
+    later = RAISES.format(f"{waits}; raise RuntimeError('connection closed by peer')")
     first = RAISES.format("raise KeyError('the cause')")
     hangs = "import time; time.sleep(60)"
     start = time.monotonic()
