@@ -1,7 +1,7 @@
 # setup   .venv with everything the tests and the demo need (once)
 # demo    train, evaluate and report the small model: make demo MODEL=vl2|vl SEED=0 NPROC=4 ROOT=runs/demo
 # test    ruff, then all tests; ends with a line that counts them. test-quick leaves the multi-process ones out,
-#         test-full adds the whole matrix of layouts (about an hour on 4 cores)
+#         test-full adds the whole matrix of layouts and, where slurm-wlm is installed, runs on a Slurm of its own (hours on 4 cores)
 # fuzz    ten thousand corrupted shards against the reader; the tests run a thousand
 # chaos   fifty kills of a small job, which must end with the bits of a job that nobody killed
 # lint    ruff and the type checker; format rewrites the files as ruff likes them

@@ -20,7 +20,7 @@ FAMILY, STAGES = "deepseek_vl2", ("align", "pretrain", "sft")
 SIZES = ["--nodes=1", "--ntasks-per-node=4", "--cpus-per-task=1", "--gpus-per-node=0", "--mem=0", "--time=30", "--parsable"]
 SETTINGS = {"PYTHON": sys.executable, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 
-pytestmark = [pytest.mark.skipif(bool(absent()), reason=absent()), pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(absent()), reason=absent()), pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
