@@ -52,7 +52,7 @@ def start(config: RunConfig) -> int:
 
 def launch(config: RunConfig, ranks: int) -> int:
     """Run `config` on `ranks` processes of this machine and wait for all of them; the exit code of the job."""
-    with tempfile.TemporaryDirectory(prefix="dsvl_launch_") as scratch, _reserved_port() as reserved:
+    with tempfile.TemporaryDirectory(prefix="dsvl_launch_") as scratch, reserved_port() as reserved:
         config_path = Path(scratch) / "config.yaml"
         config_path.write_text(to_yaml(config), encoding="utf-8")
         log = Path(config.run.dir) / "log"
@@ -191,7 +191,7 @@ class Job:
         return self._log / f"rank_{rank}.txt"
 
 
-def _reserved_port() -> socket.socket:
+def reserved_port() -> socket.socket:
     """A socket bound to a free port of this machine.
 
     It never listens, so rank 0's store may listen on the same port, and while it is open the port goes to nobody else.

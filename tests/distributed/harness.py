@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
-import socket
 import subprocess
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.multiprocessing as mp
+
+from dsvl_train.launcher import reserved_port
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["tests.distributed.preload"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0) -> list[Any]:
@@ -21,21 +25,27 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     The function runs with torchrun's environment set, and starts the process group itself (`parallel.startup.start`). The first rank
     that fails fails the call with its traceback; the others are ended.
     """
-    context = mp.get_context("spawn")
-    results: Any = context.SimpleQueue()
-    (port,) = free_ports(1)
-    ranks = [
-        context.Process(target=_rank_main, args=(rank, world_size, port, function, args, results), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    try:
-        return _collect(ranks, results, timeout_s)
-    finally:
+    results: Any = _PROCESSES.SimpleQueue()
+    with reserved_ports(1) as (port,):
+        environment = os.environ | {
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
+        ranks = [
+            _PROCESSES.Process(target=_rank_main, args=(rank, environment, function, args, results), daemon=True)
+            for rank in range(world_size)
+        ]
         for process in ranks:
-            process.kill()
-            process.join()
+            process.start()
+        try:
+            return _collect(ranks, results, timeout_s)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
 
 
 @contextlib.contextmanager
@@ -72,16 +82,9 @@ def _collect(ranks: list[Any], results: Any, timeout_s: float) -> list[Any]:
     return [answers[rank] for rank in range(len(ranks))]
 
 
-def _rank_main(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-        OMP_NUM_THREADS="1",
-    )
+def _rank_main(rank: int, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     try:
         import torch
 
@@ -91,10 +94,8 @@ def _rank_main(rank: int, world_size: int, port: int, function: Callable[..., An
         results.put((rank, False, traceback.format_exc()))
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports of this machine that nobody listens on."""
+@contextlib.contextmanager
+def reserved_ports(count: int) -> Iterator[list[int]]:
+    """Different ports of this machine that only a store of torch's can take while the context lasts."""
     with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+        yield [stack.enter_context(reserved_port()).getsockname()[1] for _ in range(count)]

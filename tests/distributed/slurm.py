@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.distributed.harness import free_ports
+from tests.distributed.harness import reserved_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue")
 _PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
@@ -94,7 +94,8 @@ def slurm(folder: Path, cpus: int) -> Iterator[Slurm]:
 
 def _configure(folder: Path, cpus: int) -> None:
     """`config_overrides`: more CPUs than there are, so that ranks of a small machine start side by side."""
-    controller, node = free_ports(2)
+    with reserved_ports(2) as (controller, node):
+        pass
     host, user = socket.gethostname(), getpass.getuser()
     (folder / "munge.key").write_bytes(os.urandom(64))
     (folder / "munge.key").chmod(0o600)

@@ -35,7 +35,7 @@ def run_faulty(data: Path, run_dir: Path, *more: str, fault: str = "none", rank:
     scratch = run_dir / "scratch"
     scratch.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.distributed.faulty", fault, str(rank), str(step), str(path)]
-    with launcher._reserved_port() as reserved, launcher.Job(scratch, run_dir / "log", grace_s=30) as job:
+    with launcher.reserved_port() as reserved, launcher.Job(scratch, run_dir / "log", grace_s=30) as job:
         environment = launcher._environment(cfg, ranks, reserved.getsockname()[1]) | {"OMP_NUM_THREADS": "1"}
         for number in range(ranks):
             job.add(number, command, environment)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from data_recipes.make_tiny import main as make_tiny
 from dsvl_train.reporting.metrics import read_metrics
-from tests.distributed.harness import free_ports
+from tests.distributed.harness import reserved_ports
 
 REPOSITORY = Path(__file__).parents[2]
 FAMILY = "deepseek_vl2"
@@ -87,12 +87,12 @@ def test_a_chain_stopped_in_stage_2_goes_on_with_the_same_command(data: Path, tm
 
 def test_two_machines_meet_and_train_as_one(data: Path, tmp_path: Path) -> None:
     recipe = [f"recipe={FAMILY}/sft", "shrink=tiny", f"data.root={data}"]
-    (port,) = free_ports(1)
-    meeting = {"NNODES": "2", "NPROC_PER_NODE": "1", "HEAD": "127.0.0.1", "PORT": str(port)}
-    machines = [start(["launch/torchrun.sh", *recipe, f"run.dir={tmp_path}/two"], **meeting) for _ in range(2)]
-    for process in machines:
-        code, out = finish(process)
-        assert code == 0, out
+    with reserved_ports(1) as (port,):
+        meeting = {"NNODES": "2", "NPROC_PER_NODE": "1", "HEAD": "127.0.0.1", "PORT": str(port)}
+        machines = [start(["launch/torchrun.sh", *recipe, f"run.dir={tmp_path}/two"], **meeting) for _ in range(2)]
+        for process in machines:
+            code, out = finish(process)
+            assert code == 0, out
     code, out = finish(start([sys.executable, "train.py", *recipe, f"run.dir={tmp_path}/one", "launch.nproc=2"]))
     assert code == 0, out
     assert losses(tmp_path / "two") == losses(tmp_path / "one")

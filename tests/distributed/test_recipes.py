@@ -10,7 +10,7 @@ import pytest
 from data_recipes.make_tiny import main as make_tiny
 from dsvl_train.config.compose import compose_run, to_yaml
 from dsvl_train.reporting.metrics import read_metrics
-from tests.distributed.harness import free_ports, run_ranks
+from tests.distributed.harness import reserved_ports, run_ranks
 
 MODELS = ["deepseek_vl_1b", "deepseek_vl_7b", "deepseek_vl2_tiny", "deepseek_vl2_small", "deepseek_vl2"]
 STAGES = ["align", "pretrain", "sft"]
@@ -48,11 +48,12 @@ def test_every_recipe_trains_for_three_steps(data: Path, tmp_path: Path) -> None
         path = tmp_path / f"{name.replace('/', '_')}.yaml"
         path.write_text(to_yaml(compose_run(overrides)))
         configs.append(str(path))
-    run_ranks(run_one_after_another, 2, configs, free_ports(len(configs)))
+    with reserved_ports(len(configs)) as ports:
+        run_ranks(run_one_after_another, 2, configs, ports)
     for name in names:
         records = read_metrics(tmp_path / name / "metrics.jsonl")
         family, stage = "vl2" if "vl2" in name else "vl", name.split("/")[1]
-        assert "".join(record["modality"][0] for record in records) == STEPS.get(stage) or STEPS[f"{family}/{stage}"], name
+        assert "".join(record["modality"][0] for record in records) == (STEPS.get(stage) or STEPS[f"{family}/{stage}"]), name
         for record in records:
             assert math.isfinite(record["loss"]) and record["grad_norm"] > 0, name
             assert record["bad_samples"] == 0

@@ -144,7 +144,7 @@ def test_errors_for_users_have_no_traceback() -> None:
 
 
 def test_reserved_port_can_be_listened_on() -> None:
-    with launcher._reserved_port() as reserved, socket.socket() as server:
+    with launcher.reserved_port() as reserved, socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         server.bind(reserved.getsockname())
         server.listen()
