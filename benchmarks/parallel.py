@@ -26,6 +26,12 @@ SKEWED = [[10, 1, 1, 1], [9, 2, 1, 1], [10, 1, 2, 1], [1, 10, 1, 2]]
 """[micro-batch][data-parallel rank] -> tiles: images of 1 to 10 tiles, the big ones mostly on one rank."""
 ROWS: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
     ("tile balancing off / on, DP 4", 4, {"tile_balance": False}, {"tile_balance": True}),
+    (
+        "exchange at once / ahead, DP 4",
+        4,
+        {"tile_balance": True, "overlap_tile_exchange": False},
+        {"tile_balance": True, "overlap_tile_exchange": True},
+    ),
     ("vision_tp recompute / shard, TP 2", 2, {"tp": 2, "vision_tp": "recompute"}, {"tp": 2, "vision_tp": "shard"}),
     ("first_stage / spread, PP 4", 4, {"pp": 4, "vision_division": "first_stage"}, {"pp": 4, "vision_division": "spread"}),
 ]

@@ -312,6 +312,8 @@ class ParallelConfig:
     """Data parallel ranks keep a share of the optimiser's state each (ZeRO-1), and gather the updated weights."""
     tile_balance: bool = False
     """Exchange tiles between data parallel ranks before encoding (VL2 §4.2)."""
+    overlap_tile_exchange: bool = True
+    """Send a micro-batch's tiles while the one before it is encoded; false = before its own encoding."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What of the language model's activations the backward pass computes again instead of keeping them. selective: those of
     recompute_modules, attention itself being kept. full: of every layer all but its input, for one more forward pass."""

@@ -5,6 +5,8 @@ each rank encodes as many as the next; the features move back. The backward pass
 feature goes where the feature came from. Tensor-parallel ranks hold the same tiles; with `parallel.vision_tp=shard` each encodes a share
 and the features are gathered, where `recompute` encodes all of them on every rank (VL §3.3).
 
+Pixels need no gradient, so a micro-batch's can be sent (`TileRoute.send`) while the one before it is encoded.
+
 `tile_plan` decides; `TileRoute` carries it out on one rank. Shapes: n = tiles, f = features of a tile.
 """
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from dsvl_train.parallel.tile_plan import Exchange
 
 
-@dataclass(frozen=True)
+@dataclass
 class TileRoute:
     """The way of one micro-batch's tiles on this rank, there (`distribute`) and back (`collect`)."""
 
@@ -29,11 +31,20 @@ class TileRoute:
     """Over data-parallel ranks; None = every rank encodes its own."""
     shard: bool = False
     """Tensor-parallel ranks encode a share each."""
+    _under_way: _Travelling | None = None
+
+    def send(self, pixels_nchw: Tensor) -> None:
+        """Start the exchange of this rank's tiles; `distribute` waits for its end. All data-parallel ranks have to send their micro-batches
+        in the same order, before or after the same other exchanges."""
+        if self.exchange is not None and self._under_way is None:
+            self._under_way = _Travelling.start(pixels_nchw, self._sends, self._receives)
 
     def distribute(self, pixels_nchw: Tensor) -> Tensor:
         """This rank's tiles -> the tiles that it encodes."""
         if self.exchange is not None:
-            pixels_nchw = _all_to_all(pixels_nchw, self._sends, self._receives, parallel_state.get_data_parallel_group())
+            self.send(pixels_nchw)
+            assert self._under_way is not None
+            pixels_nchw, self._under_way = self._under_way.arrive(), None
         if self.shard:
             shares = tp_shares(pixels_nchw.shape[0])
             pixels_nchw = pixels_nchw.split(shares)[parallel_state.get_tensor_model_parallel_rank()]
@@ -57,6 +68,28 @@ class TileRoute:
     def _receives(self) -> list[int]:
         assert self.exchange is not None
         return [row[parallel_state.get_data_parallel_rank()] for row in self.exchange]
+
+
+@dataclass(frozen=True)
+class _Travelling:
+    """Tiles that are being exchanged."""
+
+    work: dist.Work
+    leaving_nchw: Tensor
+    """Kept until they have left."""
+    arriving_nchw: Tensor
+
+    @classmethod
+    def start(cls, pixels_nchw: Tensor, sends: list[int], receives: list[int]) -> _Travelling:
+        leaving = pixels_nchw.contiguous()
+        arriving = leaving.new_empty(sum(receives), *leaving.shape[1:])
+        group = parallel_state.get_data_parallel_group()
+        work = dist.all_to_all_single(arriving, leaving, receives, sends, group=group, async_op=True)
+        return cls(work, leaving, arriving)
+
+    def arrive(self) -> Tensor:
+        self.work.wait()
+        return self.arriving_nchw
 
 
 def tp_shares(tiles: int) -> list[int]:

@@ -10,6 +10,7 @@ Shapes: t = tokens of a micro-batch, c = data sources.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,19 @@ class BatchCounts:
     """Local tiles of an image -> images."""
     stop_requested: bool
     """Some rank was asked to stop; all ranks learn it in the same step."""
+
+
+@dataclass
+class RoutedMicroBatch:
+    """A micro-batch and what the encoder has to know of it."""
+
+    micro: MicroBatch
+    route: TileRoute | None
+    """How its tiles travel; None = every rank encodes what it has."""
+    following: RoutedMicroBatch | None = None
+    """Whose tiles are sent while this one's are encoded."""
+    pixels_nchw: Tensor | None = None
+    """Its own tiles on the device, from when they are sent until they are encoded."""
 
 
 class TrainStep:
@@ -153,8 +167,15 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimiser.zero_grad(batch.modality)
         forward_step = partial(self._forward_step, supervised_tokens=max(counts.supervised_tokens, 1))
-        routed = list(zip(batch.micro_batches, self._tile_routes(batch), strict=True))
-        run_pipeline(forward_step, self._pipeline_chunks(), routed, group=self.cfg.parallel.group)
+        run_pipeline(forward_step, self._pipeline_chunks(), self._routed(batch), group=self.cfg.parallel.group)
+
+    def _routed(self, batch: StepBatch) -> list[RoutedMicroBatch]:
+        """The micro-batches with the ways of their tiles, each knowing the one after it if tiles are sent ahead."""
+        routed = [RoutedMicroBatch(micro, route) for micro, route in zip(batch.micro_batches, self._tile_routes(batch), strict=True)]
+        if self.cfg.parallel.overlap_tile_exchange:
+            for one, following in itertools.pairwise(routed):
+                one.following = following
+        return routed
 
     def _tile_routes(self, batch: StepBatch) -> list[TileRoute | None]:
         """How each micro-batch's tiles travel; None = every rank encodes what it has."""
@@ -174,17 +195,16 @@ class TrainStep:
         self._imbalance_encoded = max(encoded) * len(encoded) / max(sum(encoded), 1)
         return [TileRoute(exchange, shard) for exchange in exchanges]
 
-    def _forward_step(
-        self, micro_batches: Iterator[tuple[MicroBatch, TileRoute | None]], chunk: Chunk, supervised_tokens: int
-    ) -> tuple[Tensor, Any]:
+    def _forward_step(self, micro_batches: Iterator[RoutedMicroBatch], chunk: Chunk, supervised_tokens: int) -> tuple[Tensor, Any]:
         """Megatron's schedule calls this once per micro-batch and chunk of the pipeline."""
-        micro, route = next(micro_batches)
+        routed = next(micro_batches)
+        micro = routed.micro
         if isinstance(chunk.module, VisionChunk):
-            return self._encode(micro, route)[:, None], None
+            return self._encode(routed)[:, None], None
         visual_vh = None
         encodes_here = self.model.vision.finishes and not self.model.division.spread and chunk.module.pre_process
         if encodes_here and self._modality == "multimodal":  # without tiles too: the ranks' encoders keep in step
-            visual_vh = self._encode(micro, route)
+            visual_vh = self._encode(routed)
         labels_t = self._to_device(micro.labels_t)
         out = chunk(
             self._to_device(micro.tokens_t),
@@ -196,15 +216,26 @@ class TrainStep:
         )
         return out, partial(self._loss, micro, labels_t, supervised_tokens)
 
-    def _encode(self, micro: MicroBatch, route: TileRoute | None) -> Tensor:
+    def _encode(self, routed: RoutedMicroBatch) -> Tensor:
         """This rank's part of the encoder over the micro-batch's tiles, which may be none; later pipeline ranks have no pixels."""
-        pixels_nchw, tiles_wh = micro.pixels_nchw, micro.tiles_wh
-        if pixels_nchw is None:
-            side = self.model.vision.vision.image_size
-            pixels_nchw = torch.empty(0, 3, side, side, dtype=torch.uint8)
+        if self.model.vision.embeds:
+            for one in (routed, routed.following):  # this one's are under way already, unless it is the first
+                if one is not None and one.route is not None:
+                    one.route.send(self._pixels(one))
+        pixels_nchw, tiles_wh = self._pixels(routed), routed.micro.tiles_wh
+        routed.pixels_nchw = None
         if tiles_wh is None:
             tiles_wh = torch.empty(0, 2, dtype=torch.int64)
-        return self.chunks["vision"](self._to_device(pixels_nchw), tiles_wh, route)
+        return self.chunks["vision"](pixels_nchw, tiles_wh, routed.route)
+
+    def _pixels(self, routed: RoutedMicroBatch) -> Tensor:
+        """The micro-batch's own tiles [n, 3, H, W] on the device."""
+        if routed.pixels_nchw is None:
+            side = self.model.vision.vision.image_size
+            pixels_nchw = routed.micro.pixels_nchw
+            none_nchw = torch.empty(0, 3, side, side, dtype=torch.uint8)
+            routed.pixels_nchw = self._to_device(none_nchw if pixels_nchw is None else pixels_nchw)
+        return routed.pixels_nchw
 
     def _loss(
         self, micro: MicroBatch, labels_t: Tensor, supervised_tokens: int, loss_t: Tensor

@@ -97,12 +97,15 @@ def watch_encoder_gradients(hidden_size: int) -> list[tuple[int, ...]]:
 
 
 def count_encoded(parallel: dict[str, Any], tiles_mr: list[list[int]]) -> dict[str, Any]:
-    """One image step of a tiny VL2 over images of `tiles_mr[micro-batch][data-parallel rank]` tiles. Returns what this rank encoded."""
+    """One image step of a tiny VL2 over images of `tiles_mr[micro-batch][data-parallel rank]` tiles. Returns what this rank encoded and the
+    order in which it sent pixels and encoded."""
     from dsvl_train.parallel import startup
     from tests.tiny import SOURCES, image_batch, tiny_run
 
     cfg = tiny_run("vl2", **parallel)
     world = startup.start(cfg.engine, cfg.parallel, seed=0)
+    import torch.distributed as dist
+
     from dsvl_train.models.build import build_model
     from dsvl_train.training.setup import build_trainable
     from dsvl_train.training.step import TrainStep
@@ -110,12 +113,23 @@ def count_encoded(parallel: dict[str, Any], tiles_mr: list[list[int]]) -> dict[s
     model = build_model(cfg.model, cfg.stage, cfg.parallel, world, seed=0)
     chunks, optimiser = build_trainable(cfg, world, model)
     step = TrainStep(cfg, world, model, chunks, optimiser, SOURCES)
-    encoded = []
-    model.vision.vision.siglip.blocks[0].register_forward_pre_hook(lambda block, inputs: encoded.append(inputs[0].shape[0]))
+    encoded, order, exchange = [], [], dist.all_to_all_single
+
+    def exchange_and_note(out: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        order.append("pixels" if rows.ndim == 4 else "rows")
+        return exchange(out, rows, *args, **kwargs)
+
+    def note_encoding(block: Any, inputs: Any) -> None:
+        order.append("encode")
+        encoded.append(inputs[0].shape[0])
+
+    dist.all_to_all_single = exchange_and_note
+    model.vision.vision.siglip.blocks[0].register_forward_pre_hook(note_encoding)
     batch = image_batch(cfg.model, [micro[world.dp_rank] for micro in tiles_mr], seed=world.dp_rank)
     metrics, _ = step(batch, 1e-3, stop_requested=False)
     startup.stop()
-    return {"encoded": sum(encoded), "loss": metrics["loss"], "tile_imbalance_encoded": metrics.get("tile_imbalance_encoded")}
+    imbalance, order = metrics.get("tile_imbalance_encoded"), [what for what in order if what != "rows"]
+    return {"encoded": sum(encoded), "loss": metrics["loss"], "tile_imbalance_encoded": imbalance, "order": order}
 
 
 def whole_tensors(boxes: Iterable[tuple[str, Any]]) -> dict[str, Any]:

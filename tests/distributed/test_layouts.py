@@ -262,6 +262,10 @@ def test_sharing_divides_the_encoders_work_and_balancing_evens_it() -> None:
     assert sum(encoded) == sum(totals) and max(encoded) / np.mean(encoded) <= 1.05
     np.testing.assert_allclose([rank["loss"] for rank in balanced], [rank["loss"] for rank in without], rtol=1e-6)
     assert balanced[0]["tile_imbalance_encoded"] == pytest.approx(max(encoded) / np.mean(encoded))
+    at_once = run_ranks(count_encoded, 4, {"tile_balance": True, "overlap_tile_exchange": False}, skewed)
+    assert [rank["loss"] for rank in at_once] == [rank["loss"] for rank in balanced]
+    assert {tuple(rank["order"]) for rank in at_once} == {("pixels", "encode") * 3}
+    assert {tuple(rank["order"]) for rank in balanced} == {("pixels", "pixels", "encode", "pixels", "encode", "encode")}
     one_rank = [[7], [4], [10]]
     shared = [rank["encoded"] for rank in run_ranks(count_encoded, 2, {"tp": 2, "vision_tp": "shard"}, one_rank)]
     assert sum(shared) == 21 and abs(shared[0] - shared[1]) <= len(one_rank)
