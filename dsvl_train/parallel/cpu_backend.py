@@ -110,16 +110,44 @@ def _torch_for_megatron() -> types.ModuleType:
 
 def _import_megatron() -> list[types.ModuleType]:
     """Import the parts of megatron-core that training uses; return every loaded module of it."""
-    from megatron.core.jit import disable_jit_fuser
+    with _nothing_compiled(), _absent("wandb"):
+        from megatron.core.jit import disable_jit_fuser
 
-    disable_jit_fuser()  # before the modules that decorate with it: torch.compile would cost 5-20 s in the first step
-    for name in _MEGATRON_MODULES:
-        module = importlib.import_module(name)
-        for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
-            if name in ("megatron.core.tensor_parallel", "megatron.core.optimizer", "megatron.core.distributed"):
-                with contextlib.suppress(ImportError):  # optional parts (FSDP, torch-native) need packages that may be absent
-                    importlib.import_module(f"{name}.{info.name}")
+        disable_jit_fuser()
+        for name in _MEGATRON_MODULES:
+            module = importlib.import_module(name)
+            for info in pkgutil.iter_modules(getattr(module, "__path__", [])):
+                if name in ("megatron.core.tensor_parallel", "megatron.core.optimizer", "megatron.core.distributed"):
+                    with contextlib.suppress(ImportError):  # optional parts (FSDP, torch-native) need packages that may be absent
+                        importlib.import_module(f"{name}.{info.name}")
     return [module for name, module in list(sys.modules.items()) if name.startswith("megatron.core") and module is not None]
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """`torch.compile` as a decorator that leaves functions alone: the compiler takes 1.5 s to import and 5-20 s in the first step."""
+
+    def leave_alone(function: Any = None, **kwargs: Any) -> Any:
+        return function if function is not None else leave_alone
+
+    compile_, torch.compile = torch.compile, leave_alone  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+
+
+@contextlib.contextmanager
+def _absent(package: str) -> Iterator[None]:
+    """Importing `package` fails. For what Megatron's inference engine, unused here, imports if it is there: 0.6 s of every rank."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def _patch_megatron_without_transformer_engine() -> None:
