@@ -11,8 +11,9 @@ reads what it needs, through torch's distributed checkpointing:
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +43,34 @@ __all__ = [
     "model_boxes",
     "read_boxes",
     "resolve",
+    "share_boxes",
     "write_boxes",
 ]
 
 
 @dataclass
 class Box:
-    """A rank's share of a stored tensor, in the terms of torch's distributed checkpointing."""
+    """A rectangular part of a stored tensor. A rank may have several of one."""
 
     whole: tuple[int, ...]
     offset: tuple[int, ...]
     local: Tensor
+
+
+@dataclass
+class _Wanted:
+    """The boxes of a stored tensor that a rank reads, in the terms of torch's distributed checkpointing."""
+
+    whole: tuple[int, ...]
+    local: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    """By offset."""
 
     def size(self) -> torch.Size:
         """Shape of the whole tensor; the reader compares it with what is stored."""
         return torch.Size(self.whole)
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offsets=torch.Size(self.offset), sizes=self.local.shape)]
+        return [ChunkStorageMetadata(offsets=torch.Size(offset), sizes=local.shape) for offset, local in self.local.items()]
 
 
 class _ReadBoxes(DefaultLoadPlanner):
@@ -69,7 +80,8 @@ class _ReadBoxes(DefaultLoadPlanner):
         self.original_state_dict, self.mappings = state_dict, {}
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].local
+        assert index.offset is not None
+        return self.state_dict[index.fqn].local[tuple(index.offset)]
 
 
 def box(tensor: LogicalTensor, local: Tensor) -> Box:
@@ -82,17 +94,38 @@ def model_boxes(model: VisionLanguageModel) -> dict[str, Box]:
     return {f"model.{tensor.name}": box(tensor, local) for tensor, local in logical_tensors(model)}
 
 
+def share_boxes(tensor: LogicalTensor, local_shape: Sequence[int], start: int, share: Tensor) -> Iterator[Box]:
+    """The boxes of a logical tensor inside a share of the local tensor that stores it: views of `share`, which is flat and begins with the
+    local tensor's element `start`."""
+    for offset, size, first in tensor.boxes_in(local_shape, start, start + share.numel()):
+        yield Box(tensor.shape, offset, share[first - start : first - start + math.prod(size)].view(size))
+
+
 def load_weights(folder: Path, model: VisionLanguageModel) -> None:
     """Read the model's weights; every rank calls.
 
     Raises:
         ValueError: a tensor is missing or has another shape; names it.
     """
-    read_boxes(folder, model_boxes(model))
+    read_boxes(folder, model_boxes(model).items())
 
 
-def write_boxes(path: Path, boxes: Mapping[str, Box]) -> FileEntry:
-    """Write boxes, which lie in host memory, into a durable file; torch's distributed checkpointing reads all files of a folder as one."""
+def write_boxes(path: Path, boxes: Iterable[tuple[str, Box]]) -> dict[str, FileEntry]:
+    """Write boxes, which lie in host memory, into a durable file; torch's distributed checkpointing reads all files of a folder as one.
+
+    A file holds one box of a tensor; the second and later ones go to files beside it, `…_2.safetensors`. Returns the files by name.
+    """
+    files: list[dict[str, Box]] = []
+    for name, box in boxes:
+        free = next((file for file in files if name not in file), None)
+        if free is None:
+            files.append(free := {})
+        free[name] = box
+    paths = [path if number == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}") for number in range(1, len(files) + 1)]
+    return {path.name: _write_file(path, file) for path, file in zip(paths, files, strict=True)}
+
+
+def _write_file(path: Path, boxes: Mapping[str, Box]) -> FileEntry:
     offsets = {name: {"saved_offsets": list(box.offset)} for name, box in boxes.items()}
     infos = {name: TensorInfo(tuple(box.local.shape), box.local.dtype) for name, box in boxes.items()}
     with HashedFile(path) as file:
@@ -100,14 +133,17 @@ def write_boxes(path: Path, boxes: Mapping[str, Box]) -> FileEntry:
     return file.entry
 
 
-def read_boxes(folder: Path, boxes: Mapping[str, Box]) -> None:
+def read_boxes(folder: Path, boxes: Iterable[tuple[str, Box]]) -> None:
     """Read stored boxes into local tensors; every rank calls, each with its own.
 
     Raises:
         ValueError: a tensor is missing or has another shape; names it.
     """
+    wanted: dict[str, Any] = {}
+    for name, box in boxes:
+        wanted.setdefault(name, _Wanted(box.whole)).local[box.offset] = box.local
     try:
-        dcp.load(dict(boxes), storage_reader=HuggingFaceStorageReader(str(folder)), planner=_ReadBoxes())
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), planner=_ReadBoxes())
     except (dcp.api.CheckpointException, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot read {folder}: {_first_reason(error)}") from error
 

@@ -6,8 +6,9 @@ fused gate-and-up weight of a SwiGLU is two tensors. A rank holds a box of it, g
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +38,46 @@ class LogicalTensor:
         """The box inside `local`, a view: the parameter itself, its gradient or one of its optimiser moments."""
         return local if self.rows is None else local[self.rows[0] : self.rows[1]]
 
+    def boxes_in(self, local_shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+        """What this tensor has of the elements `start` to `stop` of the flattened local tensor, as boxes.
+
+        Yields:
+            Offset in the whole tensor, size, and the flattened local tensor's element that the box begins with; a box is contiguous in it.
+        """
+        row = math.prod(local_shape[1:])
+        first, last = (0, local_shape[0]) if self.rows is None else self.rows
+        start, stop = max(start - first * row, 0), min(stop, last * row) - first * row
+        for offset, size in boxes_of_range((last - first, *local_shape[1:]), start, stop):
+            yield tuple(base + place for base, place in zip(self.offset, offset, strict=True)), size, first * row + start
+            start += math.prod(size)
+
     def box_of(self, whole: Tensor, local_shape: torch.Size) -> Tensor:
         """This rank's share of the whole tensor, `local_shape` being the box's."""
         for dim, (start, length) in enumerate(zip(self.offset, local_shape, strict=True)):
             whole = whole.narrow(dim, start, length)
         return whole
+
+
+def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The elements `start` to `stop` of a flattened tensor as boxes (offset, size), in their order: whole rows as one, and what is left of
+    the rows at both ends."""
+    if start >= stop:
+        return []
+    if len(shape) == 1:
+        return [((start,), (stop - start,))]
+    row = math.prod(shape[1:])
+    first_whole, end_of_whole = -(-start // row), stop // row
+    if first_whole > end_of_whole:  # within a row
+        ends, whole = [(end_of_whole, start, stop)], []
+    else:
+        ends = [(first_whole - 1, start, first_whole * row), (end_of_whole, end_of_whole * row, stop)]
+        rows = end_of_whole - first_whole
+        whole = [((first_whole, *(0 for _ in shape[1:])), (rows, *shape[1:]))] if rows else []
+    of_ends = [
+        [((place, *offset), (1, *size)) for offset, size in boxes_of_range(shape[1:], begin - place * row, end - place * row)]
+        for place, begin, end in ends
+    ]
+    return [*of_ends[0], *whole, *(box for of_end in of_ends[1:] for box in of_end)]
 
 
 def logical_tensors(model: VisionLanguageModel) -> Iterator[tuple[LogicalTensor, Tensor]]:

@@ -196,7 +196,7 @@ class ZeroOptimiser:
                         yield _stored_name(key, tensor), box(tensor, whole.detach())
 
     @contextmanager
-    def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> Iterator[dict[str, Box]]:
+    def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> Iterator[list[tuple[str, Box]]]:
         """A context that gives the boxes to read a checkpoint into; what they then hold becomes the state. Every rank enters it.
 
         Each tensor is read by one rank; after that they are handed around one by one.
@@ -209,13 +209,13 @@ class ZeroOptimiser:
             if owner == mine
             for key in self._keys(local)
         }
-        yield {
-            _stored_name(key, tensor): box(tensor, read[id(local), key])
+        yield [
+            (_stored_name(key, tensor), box(tensor, read[id(local), key]))
             for owner, local, tensors in owned
             if owner == mine
             for key in self._keys(local)
             for tensor in tensors
-        }
+        ]
 
         def hand_around(*keys: str) -> None:
             for owner, local, _ in owned:

@@ -69,11 +69,13 @@ class Optimiser(Protocol):
         ...
 
     def boxes(self, model: VisionLanguageModel) -> Iterator[tuple[str, Box]]:
-        """Weights, buffers and the optimiser's state that this rank can write, by stored name. A box is good until the next one is asked;
-        every rank goes through all of it, since tensors are put together on the way."""
+        """Weights, buffers and the optimiser's state that this rank can write, by stored name; of a tensor there may be several boxes.
+
+        A box is good until the next one is asked; every rank goes through all, since an engine may put tensors together on the way.
+        """
         ...
 
-    def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> AbstractContextManager[dict[str, Box]]:
+    def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> AbstractContextManager[list[tuple[str, Box]]]:
         """A context that gives the boxes to read a checkpoint into, and makes what they then hold the state of model and optimiser.
 
         Every rank enters and leaves it. `updates` is what `steps_taken` gave when the checkpoint was written.

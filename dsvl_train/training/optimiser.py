@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from dsvl_train.config.schema import OptimConfig
 from dsvl_train.data.batch import Modality
-from dsvl_train.interop.native import Box, box, model_boxes
+from dsvl_train.interop.native import Box, box, model_boxes, share_boxes
 from dsvl_train.models.logical import LogicalTensor, logical_tensors
 from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.training.adamw import Bf16MomentsAdamW, zero_state
@@ -126,7 +125,7 @@ class ModalityOptimiser:
             for optimiser in optimisers:
                 if self._updates[_part(name)] and not optimiser.is_stub_optimizer:
                     find = _sharded_state if self.distributed else _plain_state
-                    found = find(optimiser, parameter, self.moments_dtype)
+                    found = find(optimiser, parameter)
                     if found is not None:
                         return found
         return None
@@ -148,30 +147,24 @@ class ModalityOptimiser:
         return nullcontext()
 
     def boxes(self, model: VisionLanguageModel) -> Iterator[tuple[str, Box]]:
-        """Weights, buffers and the optimiser's state of this rank by stored name; every rank goes through all of it.
+        """Weights, buffers and the optimiser's state that this rank can write, by stored name.
 
-        The optimiser's tensors are made whole one parameter at a time.
+        Of a state that data-parallel ranks share out it has its share, cut into boxes; nothing is put together.
         """
         yield from model_boxes(model).items()
         for parameter, state, tensors in self._states(model):
-            whole = state.whole(parameter)
             for tensor in tensors:
-                for name, values in whole.items():
-                    yield f"optim.{name}.{tensor.name}", box(tensor, values)
+                if state.share is None or not _is_copy(tensor):
+                    yield from state.boxes(parameter, tensor)
 
     @contextmanager
-    def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> Iterator[dict[str, Box]]:
-        """A context that gives the boxes to read a checkpoint into; what they then hold becomes the state. Every rank enters it."""
+    def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> Iterator[list[tuple[str, Box]]]:
+        """A context that gives the boxes to read a checkpoint into, which are the state itself."""
         self.create_state(updates)
-        boxes = model_boxes(model)
-        read_into: list[tuple[ParameterState, dict[str, Tensor]]] = []
-        for parameter, held, tensors in self._states(model):
-            whole = held.to_read_into(parameter)
-            read_into.append((held, whole))
-            boxes |= {f"optim.{name}.{tensor.name}": box(tensor, values) for tensor in tensors for name, values in whole.items()}
-        yield boxes
-        for held, whole in read_into:
-            held.absorb(whole)
+        of_states = [
+            stored for parameter, state, tensors in self._states(model) for tensor in tensors for stored in state.boxes(parameter, tensor)
+        ]
+        yield [*model_boxes(model).items(), *of_states]
 
     def _states(self, model: VisionLanguageModel) -> Iterator[tuple[nn.Parameter, ParameterState, list[LogicalTensor]]]:
         """Each parameter that was stepped, with the logical tensors (several, where gate and up are one) that it stores."""
@@ -193,38 +186,16 @@ class ParameterState:
     """`exp_avg`, `exp_avg_sq`, and `main`, the fp32 weight, where the model computes in another precision. Empty = no share here."""
     share: tuple[int, int] | None = None
     """None = all of it."""
-    group: dist.ProcessGroup | None = None
-    """The ranks whose shares make the whole."""
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
-    """What `tensors` would hold, on every rank of the group."""
 
-    def whole(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The tensors in the parameter's shape: themselves, or put together from the group's shares. Every rank of the group calls."""
-        if self.group is None:
-            return self.tensors
-        together = {}
-        for name, dtype in self.dtypes.items():
-            flat = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
-            if self.share is not None:
-                flat[self.share[0] : self.share[1]] = self.tensors[name].view(-1)
-            dist.all_reduce(flat, group=self.group)
-            together[name] = flat.view(parameter.shape)
-        return together
-
-    def to_read_into(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Tensors in the parameter's shape for `absorb`: themselves, or where this rank has a share only, new ones in host memory."""
-        if self.group is None:
-            return self.tensors
-        return {name: torch.empty(parameter.shape, dtype=dtype) for name, dtype in self.dtypes.items()}
-
-    def absorb(self, whole: Mapping[str, Tensor]) -> None:
-        """Take this rank's share out of whole tensors."""
-        if self.group is not None and self.share is not None:
-            for name, tensor in self.tensors.items():
-                tensor.view(-1).copy_(whole[name].view(-1)[self.share[0] : self.share[1]])
+    def boxes(self, parameter: nn.Parameter, tensor: LogicalTensor) -> Iterator[tuple[str, Box]]:
+        """What is here of one of the logical tensors that the parameter stores, by stored name; views."""
+        for name, values in self.tensors.items():
+            parts = [box(tensor, values)] if self.share is None else share_boxes(tensor, parameter.shape, self.share[0], values.view(-1))
+            for part in parts:
+                yield f"optim.{name}.{tensor.name}", part
 
 
-def _plain_state(optimiser: MegatronOptimizer, parameter: nn.Parameter, moments_dtype: torch.dtype) -> ParameterState | None:
+def _plain_state(optimiser: MegatronOptimizer, parameter: nn.Parameter) -> ParameterState | None:
     main = getattr(parameter, "main_param", parameter)
     if main not in optimiser.optimizer.state:
         return None
@@ -232,19 +203,23 @@ def _plain_state(optimiser: MegatronOptimizer, parameter: nn.Parameter, moments_
     return ParameterState(tensors if main is parameter else tensors | {MAIN: main})
 
 
-def _sharded_state(optimiser: Any, parameter: nn.Parameter, moments_dtype: torch.dtype) -> ParameterState | None:
+def _sharded_state(optimiser: Any, parameter: nn.Parameter) -> ParameterState | None:
     """From Megatron's distributed optimiser, which flattens all parameters into buffers and gives each rank a stretch of them."""
     in_buffers = any(parameter in bucket.params for buffer in optimiser.buffers for bucket in buffer.buckets)
     if not in_buffers:
         return None
-    dtypes = dict.fromkeys(MOMENTS, moments_dtype) | ({} if parameter.dtype == torch.float32 else {MAIN: torch.float32})
     if parameter not in optimiser.model_param_gbuf_map:
-        return ParameterState({}, None, optimiser.data_parallel_group, dtypes)
+        return ParameterState({}, share=(0, 0))
     group, place = optimiser.model_param_group_index_map[parameter]
     main = optimiser.optimizer.param_groups[group]["params"][place]
-    tensors = {moment: optimiser.optimizer.state[main][moment] for moment in MOMENTS} | ({MAIN: main} if MAIN in dtypes else {})
+    tensors = {moment: optimiser.optimizer.state[main][moment] for moment in MOMENTS}
     held = optimiser._get_model_param_range_map(parameter)["param"]
-    return ParameterState(tensors, (held.start, held.end), optimiser.data_parallel_group, dtypes)
+    return ParameterState(tensors if parameter.dtype == torch.float32 else tensors | {MAIN: main}, share=(held.start, held.end))
+
+
+def _is_copy(tensor: LogicalTensor) -> bool:
+    """The last pipeline rank's copy of a tied embedding, whose state is shared out otherwise than that of the first."""
+    return tensor.parameter_name.endswith("output_layer.weight") and tensor.name.endswith("word_embeddings.weight")
 
 
 def _part(chunk: str) -> str:

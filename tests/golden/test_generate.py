@@ -62,7 +62,7 @@ def test_a_checkpoint_and_its_run_folder_are_read_as_the_released_folder(tmp_pat
     loaded = load_model(MODEL, world)
     folder = tmp_path / "checkpoints" / "step_00000001"
     folder.mkdir(parents=True)
-    native.write_boxes(folder / "shard.safetensors", native.model_boxes(loaded.model))
+    native.write_boxes(folder / "shard.safetensors", native.model_boxes(loaded.model).items())
     (folder / native.CONFIG_FILE).write_text(to_yaml(loaded.cfg))
     (folder / native.PROCESSOR_FOLDER).mkdir()
     for name in ("processor_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dsvl_train.checkpoints.folders import step_folder
 from dsvl_train.checkpoints.manifest import check, manifest_of, write_manifest
@@ -36,10 +40,32 @@ def test_a_copy_stays_as_it_was_while_training_goes_on(world: startup.World, tmp
     copy = HostCopy(bench.model, bench.optimiser)
     boxes = copy.take()
     bench.run("multimodal", "text")
-    write_boxes(tmp_path / "late.safetensors", boxes)
+    assert list(write_boxes(tmp_path / "late.safetensors", boxes)) == ["late.safetensors"]
     assert (tmp_path / "late.safetensors").read_bytes() == on_the_spot.read_bytes()
     write_boxes(tmp_path / "next.safetensors", copy.take())
     assert (tmp_path / "next.safetensors").read_bytes() != on_the_spot.read_bytes()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=4), data=st.data())
+def test_a_share_of_a_flattened_tensor_is_boxes_in_its_order(shape: list[int], data: st.DataObject) -> None:
+    from dsvl_train.models.logical import LogicalTensor, boxes_of_range
+
+    whole = torch.arange(math.prod(shape)).view(shape)
+    start, stop = sorted(data.draw(st.tuples(*2 * [st.integers(0, whole.numel())])))
+    cut = [whole[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))].flatten() for box in boxes_of_range(shape, start, stop)]
+    assert torch.equal(torch.cat([torch.empty(0, dtype=torch.int64), *cut]), torch.arange(start, stop))
+    assert len(cut) <= 2 * len(shape) - 1 and all(len(part) for part in cut)
+    rows = sorted(data.draw(st.tuples(*2 * [st.integers(0, shape[0])])))  # such as the gate's, of gate and up in one
+    moved = (5,) * len(shape)
+    part = LogicalTensor("gate", tuple(shape), moved, "fc1", (rows[0], rows[1]))
+    found = []
+    for offset, size, first in part.boxes_in(shape, start, stop):
+        box = whole[rows[0] : rows[1]][tuple(slice(o - 5, o - 5 + n) for o, n in zip(offset, size, strict=True))].flatten()
+        assert box.tolist() == list(range(first, first + math.prod(size)))
+        found += box.tolist()
+    row = math.prod(shape[1:])
+    assert found == list(range(max(start, rows[0] * row), min(stop, rows[1] * row)))
 
 
 def test_ranks_divide_what_they_hold_in_common() -> None:

@@ -12,7 +12,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +49,7 @@ class _Save:
 
     final: Path
     step: int
-    boxes: dict[str, Box]
+    boxes: list[tuple[str, Box]]
     small_files: dict[str, bytes]
     """Of rank 0."""
     work: Future[Any]
@@ -200,10 +200,10 @@ class Saver:
         return f"earlier checkpoints in {self._run_dir / CHECKPOINTS} are as they were, and the same command goes on from the latest"
 
 
-def _write(folder: Path, name: str, boxes: Mapping[str, Box], small_files: Mapping[str, bytes]) -> dict[str, FileEntry]:
+def _write(folder: Path, name: str, boxes: Iterable[tuple[str, Box]], small_files: Mapping[str, bytes]) -> dict[str, FileEntry]:
     """Write this rank's files, durably; runs in the background."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = {name: write_boxes(folder / name, boxes)} if boxes else {}
+    written = write_boxes(folder / name, boxes)
     for path, data in small_files.items():
         (folder / path).parent.mkdir(exist_ok=True)
         written[path] = write_file(folder / path, data)

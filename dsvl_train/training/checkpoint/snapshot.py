@@ -30,32 +30,35 @@ class HostCopy:
     def __init__(self, model: VisionLanguageModel, optimiser: Optimiser) -> None:
         self._model, self._optimiser = model, optimiser
         self._divided_for: tuple[bool, ...] | None = None
-        self._mine: frozenset[str] = frozenset()
-        self._buffers: dict[str, Tensor] = {}
+        self._mine: set[Key] = set()
+        self._buffers: dict[Key, Tensor] = {}
 
-    def take(self) -> dict[str, Box]:
+    def take(self) -> list[tuple[str, Box]]:
         """Copy the state as it is now; every rank calls. The boxes are good until the next call."""
         updated = tuple(bool(count) for count in self._optimiser.steps_taken().values())
         if self._divided_for != updated:  # the first update of a part brings its moments; all ranks see it alike
             self._mine = self._divide()
             self._divided_for = updated
-        boxes = {name: self._copy(name, box) for name, box in self._optimiser.boxes(self._model) if name in self._mine}
+        boxes = [
+            (name, self._copy(key, box))
+            for name, box in self._optimiser.boxes(self._model)
+            if (key := _key(name, box.offset)) in self._mine
+        ]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return boxes
 
-    def _divide(self) -> frozenset[str]:
-        held = {name: (_key(name, box.offset), box.local.nbytes) for name, box in self._optimiser.boxes(self._model)}
-        packed = b"".join(key + struct.pack("<q", size) for key, size in held.values())
-        mine = divide([_unpack(of_rank) for of_rank in gather(packed)])[torch.distributed.get_rank()]
-        return frozenset(name for name, (key, _) in held.items() if key in mine)
+    def _divide(self) -> set[Key]:
+        held = {_key(name, box.offset): box.local.nbytes for name, box in self._optimiser.boxes(self._model)}
+        packed = b"".join(key + struct.pack("<q", size) for key, size in held.items())
+        return divide([_unpack(of_rank) for of_rank in gather(packed)])[torch.distributed.get_rank()]
 
-    def _copy(self, name: str, box: Box) -> Box:
-        if name not in self._buffers:
+    def _copy(self, key: Key, box: Box) -> Box:
+        if key not in self._buffers:
             pinned = box.local.device.type == "cuda"
-            self._buffers[name] = torch.empty(box.local.shape, dtype=box.local.dtype, pin_memory=pinned)
-        self._buffers[name].copy_(box.local, non_blocking=True)
-        return Box(box.whole, box.offset, self._buffers[name])
+            self._buffers[key] = torch.empty(box.local.shape, dtype=box.local.dtype, pin_memory=pinned)
+        self._buffers[key].copy_(box.local, non_blocking=True)
+        return Box(box.whole, box.offset, self._buffers[key])
 
 
 def divide(sizes_r: Sequence[Mapping[Key, int]]) -> list[set[Key]]:
