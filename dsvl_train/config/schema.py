@@ -274,9 +274,9 @@ class DataConfig:
     cache_gb: float = 20.0
     """Gigabytes that cache_dir grows to; the blocks used least recently go first."""
     read_retries: int = 4
-    """Repetitions of a failed request to remote shards, with growing pauses."""
+    """Repetitions, with growing pauses, of a failed request to remote shards, or of a read from a folder that is gone."""
     unreachable: Literal["stop", "skip"] = "stop"
-    """A remote shard that cannot be read then: stop the run, or skip: a bad sample, counted as such."""
+    """What cannot be reached then: stop the run, or skip: a bad sample, counted as such."""
     max_bad_fraction: float = 0.01
     """Stop the run when more than this share of the samples seen so far, on all ranks, was bad (and more than 10 were)."""
     max_image_pixels: int = 178_956_970

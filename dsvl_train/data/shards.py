@@ -6,8 +6,10 @@ A shard is scanned once, header by header (`tar_scan.py`); from then on a member
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -201,14 +203,12 @@ class ShardReader:
 
         Raises:
             SampleError: `unreadable` - the file is gone, has another size, or a read fails.
-            Unreachable: a URL cannot be read, and `skip_unreachable` is False.
+            Unreachable: a URL cannot be read, or a file's whole folder is gone, and `skip_unreachable` is False.
         """
         try:
             if is_remote(path):
                 return self._read_remote(path, spans, expected_size)
-            with self._borrow(path) as file:
-                _check_spans(path, spans, file.size, expected_size)
-                return _read_merged(spans, partial(self._read_exactly, file.descriptor, path))
+            return self._read_local(path, spans, expected_size)
         except Unreachable as error:
             if not self.skip_unreachable:
                 raise
@@ -227,6 +227,29 @@ class ShardReader:
     def _read_remote(self, url: str, spans: Sequence[tuple[int, int]], expected_size: int) -> list[bytes]:
         _check_spans(url, spans, self.remote.stat(url).size, expected_size)
         return _read_merged(spans, partial(self.remote.read, url))
+
+    def _read_local(self, path: str, spans: Sequence[tuple[int, int]], expected_size: int) -> list[bytes]:
+        """A folder that is gone is a file system that is away, perhaps for a moment: it is asked again, like a server. A file that is gone
+        while its folder is there is one bad file."""
+        started, was_gone, folder = time.monotonic(), False, os.path.dirname(os.path.abspath(path))
+        for attempt in itertools.count():
+            try:
+                with self._borrow(path) as file:
+                    _check_spans(path, spans, file.size, expected_size)
+                    return _read_merged(spans, partial(self._read_exactly, file.descriptor, path))
+            except OSError as error:
+                is_gone = not os.path.isdir(folder)
+                if not (is_gone or was_gone):
+                    raise
+                was_gone = is_gone
+                if attempt >= self.remote.retries:
+                    seconds = time.monotonic() - started
+                    raise Unreachable(
+                        f"{path}: {error}. The folder {folder} is gone, and did not come back in {seconds:.0f} s "
+                        f"(data.read_retries={attempt}): mount it again, and the same command goes on from the last checkpoint"
+                    ) from error
+            self.remote.pause(attempt)
+        raise AssertionError("unreachable code")
 
     @contextmanager
     def _borrow(self, path: str) -> Iterator[_OpenFile]:

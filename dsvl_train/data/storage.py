@@ -226,8 +226,12 @@ class RemoteFiles:
                     raise Unreachable(
                         f"{url}: {doing} failed {attempt + 1} times in {seconds:.0f} s, the last time with {type(error).__name__}: {error}"
                     ) from error
-            time.sleep(min(self.first_pause_s * 2**attempt, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0))
+            self.pause(attempt)
         raise AssertionError("unreachable code")
+
+    def pause(self, attempt: int) -> None:
+        """Wait before asking again after the failed `attempt`, counted from 0."""
+        time.sleep(min(self.first_pause_s * 2**attempt, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0))
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

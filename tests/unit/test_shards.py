@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dsvl_train.data.errors import SampleError
 from dsvl_train.data.sample import Sample, find_images, parse_sample
 from dsvl_train.data.shards import ShardReader, ShardWriter, expand_shards
+from dsvl_train.data.storage import RemoteFiles, Unreachable
 from dsvl_train.data.tar_scan import Member, group_members, scan_tar, split_name
 
 MESSAGES = [{"role": "user", "content": "<image> What?"}, {"role": "assistant", "content": "Ünïcode 7."}]
@@ -296,6 +297,24 @@ def test_reading_refuses_what_the_file_does_not_have(tmp_path: Path) -> None:
         reader.read(str(shard), [(2, 3)], 10)
     with pytest.raises(SampleError, match="No such file"):
         reader.read(str(tmp_path / "gone"), [], 0)
+
+
+def test_a_folder_that_is_gone_is_waited_for_and_ends_the_run(tmp_path: Path) -> None:
+    folder, away = tmp_path / "mounted", tmp_path / "away"
+    folder.mkdir()
+    (folder / "x.tar").write_bytes(b"0123456789")
+    folder.rename(away)
+    coming_back = threading.Timer(0.1, lambda: away.rename(folder))
+    coming_back.start()
+    patient = ShardReader(remote=RemoteFiles(retries=20, first_pause_s=0.05))
+    assert patient.read(str(folder / "x.tar"), [(2, 3)], 10) == [b"234"]
+    patient.close()
+    folder.rename(away)
+    remote = RemoteFiles(retries=1, first_pause_s=0.01)
+    with pytest.raises(Unreachable, match=r"mounted is gone, and did not come back in \d+ s \(data\.read_retries=1\)"):
+        ShardReader(remote=remote).read(str(folder / "x.tar"), [(2, 3)], 10)
+    with pytest.raises(SampleError, match="mounted is gone"):
+        ShardReader(remote=remote, skip_unreachable=True).read(str(folder / "x.tar"), [(2, 3)], 10)
 
 
 def test_threads_share_a_reader_that_keeps_few_files_open(tmp_path: Path) -> None:
