@@ -82,7 +82,8 @@ class BlockCache:
             with unfinished.open("r+b") as stream:
                 stream.write(content)
                 stream.write(zlib.crc32(content).to_bytes(_CRC_BYTES, "little"))
-            os.replace(unfinished, path)
+            with self._locked():  # who counts the files may see a block under both names or under none otherwise
+                os.replace(unfinished, path)
         except OSError as error:
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
