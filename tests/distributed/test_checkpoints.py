@@ -15,6 +15,7 @@ import pytest
 
 from dsvl_train.checkpoints.folders import find_latest, list_steps, step_folder
 from dsvl_train.checkpoints.manifest import check
+from dsvl_train.interop.native_source import open_everything
 from tests.distributed.harness import run_ranks, small_disk
 from tests.distributed.scenarios import TinyRun
 
@@ -26,9 +27,13 @@ BEFORE, AFTER = ["multimodal", "text", "multimodal"], ["text", "multimodal", "mu
 # ------------------------------------------------------------------------------------------------------------------ layouts
 
 
-def save_and_go_on(family: str, parallel: dict[str, Any], run_dir: str) -> list[float]:
+def tie(cfg: Any) -> None:
+    cfg.model.language.tie_embeddings = True
+
+
+def save_and_go_on(family: str, parallel: dict[str, Any], run_dir: str, change: Any = None) -> list[float]:
     """Train, save behind the next steps. Returns their losses."""
-    run = TinyRun(family, parallel, run_dir)
+    run = TinyRun(family, parallel, run_dir, change)
     run.train(BEFORE)
     run.save()
     losses = run.train(AFTER)
@@ -36,9 +41,9 @@ def save_and_go_on(family: str, parallel: dict[str, Any], run_dir: str) -> list[
     return losses
 
 
-def load_and_go_on(family: str, parallel: dict[str, Any], run_dirs: list[str]) -> list[list[float]]:
+def load_and_go_on(family: str, parallel: dict[str, Any], run_dirs: list[str], change: Any = None) -> list[list[float]]:
     """The next losses from each of several runs' checkpoints."""
-    run = TinyRun(family, parallel, run_dirs[0])
+    run = TinyRun(family, parallel, run_dirs[0], change)
     from dsvl_train.training.checkpoint import load, prepare_resume
 
     losses = []
@@ -103,6 +108,20 @@ class Saved:
 def test_a_checkpoint_goes_on_with_another_layout(tmp_path: Path, family: str, saved: Layout, loaded: Layout) -> None:
     """With the optimiser: the next losses are those of the run that was left alone."""
     Saved(family, [saved], tmp_path).require_same_losses_on(*loaded)
+
+
+def test_a_shared_out_optimiser_is_stored_once_and_cut_anywhere(tmp_path: Path) -> None:
+    """Both ends of the pipeline hold the tied embedding, in buffers of their own; shares begin and end within rows of matrices."""
+    layout = {"pp": 2, "vision_division": "first_stage"} | ZERO
+    want = run_ranks(save_and_go_on, 6, "vl", layout, str(tmp_path), tie)[0]
+    (saved,) = list_steps(tmp_path)
+    assert any(path.stem.endswith("_2") for path in saved.glob("*.safetensors")), "no rank has two boxes of a tensor"
+    stored = open_everything(saved).infos()  # refuses what is stored twice, or not as a whole
+    embedding = "language.embedding.word_embeddings.weight"
+    assert {info.shape for name, info in stored.items() if name.endswith(embedding)} == {stored[f"model.{embedding}"].shape}
+    assert sum(name.endswith(embedding) for name in stored) == 3
+    for ranks, other in ((1, {}), (4, layout)):
+        assert run_ranks(load_and_go_on, ranks, "vl", other, [str(tmp_path)], tie)[0][0] == pytest.approx(want, rel=1e-5), other
 
 
 @pytest.fixture(scope="module")
