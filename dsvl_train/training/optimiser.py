@@ -149,13 +149,13 @@ class ModalityOptimiser:
     def boxes(self, model: VisionLanguageModel) -> Iterator[tuple[str, Box]]:
         """Weights, buffers and the optimiser's state that this rank can write, by stored name.
 
-        Of a state that data-parallel ranks share out it has its share, cut into boxes; nothing is put together.
+        Of a state that data-parallel ranks share out it has its share, cut into boxes; nothing is put together. Replicas have the same boxes,
+        the two of a tied embedding too, since Megatron gives it a bucket of its own.
         """
         yield from model_boxes(model).items()
         for parameter, state, tensors in self._states(model):
             for tensor in tensors:
-                if state.share is None or not _is_copy(tensor):
-                    yield from state.boxes(parameter, tensor)
+                yield from state.boxes(parameter, tensor)
 
     @contextmanager
     def restoring(self, model: VisionLanguageModel, updates: Mapping[str, int]) -> Iterator[list[tuple[str, Box]]]:
@@ -215,11 +215,6 @@ def _sharded_state(optimiser: Any, parameter: nn.Parameter) -> ParameterState | 
     tensors = {moment: optimiser.optimizer.state[main][moment] for moment in MOMENTS}
     held = optimiser._get_model_param_range_map(parameter)["param"]
     return ParameterState(tensors if parameter.dtype == torch.float32 else tensors | {MAIN: main}, share=(held.start, held.end))
-
-
-def _is_copy(tensor: LogicalTensor) -> bool:
-    """The last pipeline rank's copy of a tied embedding, whose state is shared out otherwise than that of the first."""
-    return tensor.parameter_name.endswith("output_layer.weight") and tensor.name.endswith("word_embeddings.weight")
 
 
 def _part(chunk: str) -> str:
