@@ -149,8 +149,8 @@ class ModalityOptimiser:
     def boxes(self, model: VisionLanguageModel) -> Iterator[tuple[str, Box]]:
         """Weights, buffers and the optimiser's state that this rank can write, by stored name.
 
-        Of a state that data-parallel ranks share out it has its share, cut into boxes; nothing is put together. Replicas have the same boxes,
-        the two of a tied embedding too, since Megatron gives it a bucket of its own.
+        Of a state that data-parallel ranks share out it has its share, cut into boxes; nothing is put together. Replicas have the same
+        boxes, the two of a tied embedding too, since Megatron gives it a bucket of its own.
         """
         yield from model_boxes(model).items()
         for parameter, state, tensors in self._states(model):
