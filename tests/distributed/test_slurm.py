@@ -84,6 +84,16 @@ def test_a_job_interrupted_in_stage_2_ends_with_the_weights_of_one_left_alone(cl
     assert losses(root / "pretrain") == losses(tmp_path / "alone" / "pretrain")
 
 
+def test_waiting_for_a_job_releases_a_held_one_and_tells_at_once_of_a_lost_one(cluster: Slurm, tmp_path: Path) -> None:
+    """What the other tests rest on where Slurm could not launch a job."""
+    log = tmp_path / "words.log"
+    job = cluster.call("sbatch", "--parsable", "--hold", f"--output={log}", "--wrap", "echo last words; exit 3")
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match=r"(?s)FAILED.*last words.*slurmctld\.out"):
+        cluster.wait_for_restart(job, 1, log)
+    assert time.monotonic() - started < 100
+
+
 def test_a_failure_ends_the_job_and_is_named_once(cluster: Slurm, data: Path, tmp_path: Path) -> None:
     job = submit(cluster, data, tmp_path / "wrong", "--set=align:data.sources.sharegpt4v.path=/no/such/folder")
     state = cluster.wait_for_end(job, tmp_path / "wrong.log")
