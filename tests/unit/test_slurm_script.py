@@ -40,7 +40,7 @@ exec "$@"
 """
 SCONTROL = """
 case "$1" in
-    show) printf 'node01\\nnode02\\n';;
+    show) seq -f 'node%02.0f' "${NODES:-2}";;
     requeue)
         [ "$n" -gt "$((${REFUSALS:-0} + 1))" ] || { echo "requeue: busy" >&2; exit 1; }
         # as Slurm does: it answers, and then ends the batch script
@@ -209,6 +209,13 @@ def test_the_health_check_comes_first_and_can_be_told_or_left_out(job: Job) -> N
     code, output = job.run("family", HEALTH_CHECK="no", HEALTH_CODE="3")
     assert code == 0, output
     assert not any("health_check" in argument for argument in job.calls("srun")[-1])
+
+
+def test_the_first_of_many_nodes_is_where_they_meet(job: Job) -> None:
+    """More names than a pipe holds."""
+    code, output = job.run("family", NODES="20000", HEALTH_CHECK="no")
+    assert code == 0, output
+    assert job.environments("srun")[0]["MASTER_ADDR"] == "node01"
 
 
 def test_at_the_end_of_its_time_it_goes_back_into_the_queue_and_waits_to_be_ended(job: Job) -> None:
