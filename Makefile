@@ -4,7 +4,7 @@
 #         test-full adds the whole matrix of layouts and, where slurm-wlm is installed, runs on a Slurm of its own (hours on 4 cores)
 # fuzz    ten thousand corrupted shards against the reader; the tests run a thousand
 # chaos   fifty kills of a small job, which must end with the bits of a job that nobody killed
-# lint    ruff and the type checker; format rewrites the files as ruff likes them
+# lint    ruff, the type checker and shellcheck; format rewrites the files as ruff likes them
 # bench   everything timed
 # clean   remove caches and builds; runs/ and .venv stay
 
@@ -56,6 +56,7 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
 
 format: setup
 	@$(BIN)/ruff check --fix .

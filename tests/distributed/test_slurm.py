@@ -40,24 +40,26 @@ def submit(cluster: Slurm, data: Path, root: Path, *more: str, health_check: str
     """The number of a job that trains all stages, TP 2 x PP 2, stage 2 for eight steps."""
     chain = [FAMILY, "shrink=tiny", f"data.root={data}", "parallel.tp=2", "parallel.pp=2", "checkpoint.every=1", f"--root={root}"]
     chain += ["--set=align:run.max_steps=1", "--set=pretrain:run.max_steps=8", "--set=sft:run.max_steps=1", *more]
-    options = [*SIZES, f"--chdir={REPOSITORY}", f"--output={root}.log"]
+    options = [*SIZES, f"--chdir={REPOSITORY}", f"--output={log_of(root)}"]
     settings = SETTINGS | {"HEALTH_CHECK": health_check}
     return cluster.call("sbatch", *options, "launch/slurm.sbatch", *chain, **settings)
 
 
-def wait_for_steps(root: Path, stage: str, steps: int) -> None:
-    metrics, deadline = root / stage / "metrics.jsonl", time.monotonic() + 400
-    while not metrics.is_file() or len(read_metrics(metrics)) < steps:
-        assert time.monotonic() < deadline, Path(f"{root}.log").read_text()
-        time.sleep(0.05)
+def wait_for_steps(cluster: Slurm, job: str, run: Path, steps: int, *logs: Path) -> None:
+    metrics = run / "metrics.jsonl"
+    cluster.wait_until(job, lambda _: metrics.is_file() and len(read_metrics(metrics)) >= steps, *logs)
 
 
 def finish(cluster: Slurm, job: str, root: Path) -> tuple[dict[str, str], str]:
-    state = cluster.wait_for_end(job)
-    log = Path(f"{root}.log").read_text()
+    state = cluster.wait_for_end(job, log_of(root))
+    log = log_of(root).read_text()
     assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), log
     assert [len(losses(root / stage)) for stage in STAGES] == [1, 8, 1]
     return state, log
+
+
+def log_of(root: Path) -> Path:
+    return root.with_name(f"{root.name}.log")
 
 
 def test_a_job_interrupted_in_stage_2_ends_with_the_weights_of_one_left_alone(cluster: Slurm, data: Path, tmp_path: Path) -> None:
@@ -69,12 +71,11 @@ def test_a_job_interrupted_in_stage_2_ends_with_the_weights_of_one_left_alone(cl
 
     root = tmp_path / "interrupted"
     job = submit(cluster, data, root)
-    wait_for_steps(root, "pretrain", 2)
+    wait_for_steps(cluster, job, root / "pretrain", 2, log_of(root))
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@600 does
-    cluster.start_now(job)
-    wait_for_steps(root, "pretrain", 5)
+    cluster.wait_for_restart(job, 1, log_of(root))
+    wait_for_steps(cluster, job, root / "pretrain", 5, log_of(root))
     cluster.call("scontrol", "requeue", job)
-    cluster.start_now(job)
     state, log = finish(cluster, job, root)
     assert state["Restarts"] == "2"
     assert "time is nearly up: saved, and back into the queue" in log
@@ -83,10 +84,20 @@ def test_a_job_interrupted_in_stage_2_ends_with_the_weights_of_one_left_alone(cl
     assert losses(root / "pretrain") == losses(tmp_path / "alone" / "pretrain")
 
 
+def test_waiting_for_a_job_releases_a_held_one_and_tells_at_once_of_a_lost_one(cluster: Slurm, tmp_path: Path) -> None:
+    """What the other tests rest on where Slurm could not launch a job."""
+    log = tmp_path / "words.log"
+    job = cluster.call("sbatch", "--parsable", "--hold", f"--output={log}", "--wrap", "echo last words; exit 3")
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match=r"(?s)FAILED.*last words.*slurmctld\.out"):
+        cluster.wait_for_restart(job, 1, log)
+    assert time.monotonic() - started < 100
+
+
 def test_a_failure_ends_the_job_and_is_named_once(cluster: Slurm, data: Path, tmp_path: Path) -> None:
     job = submit(cluster, data, tmp_path / "wrong", "--set=align:data.sources.sharegpt4v.path=/no/such/folder")
-    state = cluster.wait_for_end(job)
-    log = Path(f"{tmp_path}/wrong.log").read_text()
+    state = cluster.wait_for_end(job, tmp_path / "wrong.log")
+    log = (tmp_path / "wrong.log").read_text()
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "1:0", "0"), log
     assert log.count("/no/such/folder") <= 3 and "data.sources.sharegpt4v.path" in log
 
@@ -111,15 +122,15 @@ def test_a_sweep_is_one_job_per_point_and_a_preempted_one_goes_on(cluster: Slurm
     command = [sys.executable, "train.py", "-m", *sweep, *slurm]
     environment = cluster.environment | SETTINGS
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as waiting:
-        metrics, deadline = points[0] / "metrics.jsonl", time.monotonic() + 400
-        while not metrics.is_file() or len(read_metrics(metrics)) < 2:
+        jobs, deadline = [""], time.monotonic() + 120
+        while len(jobs) < 2:
             assert waiting.poll() is None and time.monotonic() < deadline, waiting.stdout and waiting.stdout.read()
-            time.sleep(0.05)
-        jobs = cluster.call("squeue", "--noheader", "--array", "--format=%A %K").split("\n")
-        assert len(jobs) == 2, jobs
+            time.sleep(0.2)
+            jobs = cluster.call("squeue", "--noheader", "--array", "--format=%A %K").split("\n")
         first = next(number for number, index in map(str.split, jobs) if index == "0")
+        wait_for_steps(cluster, first, points[0], 2)
         cluster.call("scancel", "--signal=USR2", first)  # as submitit asks Slurm to do before a job's time is up
-        cluster.start_now(first)
+        cluster.wait_for_restart(first, 1)
         output, _ = waiting.communicate(timeout=600)
     assert waiting.returncode == 0, output
     assert "2 of 2 points finished" in output

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 CODE = sorted([*(ROOT / "dsvl_train").rglob("*.py"), *(ROOT / "data_recipes").rglob("*.py"), ROOT / "train.py"])
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in CODE}
+SCRIPTS = sorted([*(ROOT / ".ci").iterdir(), *(ROOT / "launch").glob("*.sh"), ROOT / "launch/slurm.sbatch"])
 MAX_FILE_BYTES = 4_000_000
 
 
@@ -67,9 +70,18 @@ def test_make_has_its_targets() -> None:
 
 
 def test_shell_scripts_stop_at_errors_and_can_be_run() -> None:
-    for path in [*(ROOT / ".ci").iterdir(), *(ROOT / "launch").glob("*.sh")]:
+    for path in SCRIPTS:
         assert "set -euo pipefail" in path.read_text(), path
-        assert path.stat().st_mode & 0o100, path
+        assert path.stat().st_mode & 0o100 or path.suffix == ".sbatch", path
+
+
+def test_shellcheck_finds_nothing() -> None:
+    program = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if program is None:
+        pytest.skip("shellcheck is not installed (make setup brings it)")
+    checks = "check-unassigned-uppercase,quote-safe-variables,avoid-nullary-conditions"
+    done = subprocess.run([program, "--enable", checks, *map(str, SCRIPTS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_yaml_files_are_readable_and_say_what_they_are() -> None:
