@@ -22,7 +22,10 @@ _STRIP_CELLS = 500
 _FULL_HEAT = 0.8
 """Opacity of the strongest cell of a heat map; the numbers stay legible on it."""
 
-Look = Literal["line", "dots", "dash", "thin"]
+COLOURS = ("c3", "c4", "c5", "c6", "c1", "c2")
+"""Of curves that are neither of a modality nor a reference."""
+Look = Literal["line", "dots", "marked", "dash", "thin"]
+"""marked: a line with a dot at each point."""
 _EACH_STEP: tuple[Look, ...] = ("dots", "thin")
 """Looks of curves that show each step's own value; the others are averages, schedules and targets."""
 
@@ -176,6 +179,8 @@ def _marks(look: Look, colour: str, xs: Sequence[float], ys: Sequence[float | No
         dots = "".join(f"M{_x(x_axis, x)} {_y(y_axis, y)}h0" for x, y in zip(xs, ys, strict=True) if y is not None)
         crowd = " few" if len(xs) <= 60 else " many" if len(xs) > 400 else ""
         return f'<path class="dots {colour}{crowd}" d="{dots}"/>'
+    if look == "marked":
+        return "".join(_marks(part, colour, xs, ys, x_axis, y_axis) for part in ("line", "dots"))
     path, pen_down = [], False
     for x, y in zip(xs, ys, strict=True):
         if y is not None:

@@ -7,7 +7,7 @@ CSS = """
   --band: rgba(34, 38, 43, .035); --mat: #f1f0ec;
   --text: #2a6db0; --multimodal: #c45f12; --good: #23774a; --part: #946200; --bad: #b3342c;
   --c1: #2a6db0; --c2: #c45f12; --c3: #1f8072; --c4: #7a56a8; --c5: #8f7400; --c6: #b0437a;
-  --over: 196, 95, 18; --under: 42, 109, 176;
+  --over: 196, 95, 18; --under: 42, 109, 176; --mark: #d9efd9;
   --serif: Charter, "Bitstream Charter", "Iowan Old Style", "Source Serif 4", Georgia, "Noto Serif", serif;
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Helvetica Neue", sans-serif;
 }
@@ -17,7 +17,7 @@ CSS = """
     --band: rgba(255, 255, 255, .03); --mat: #292d33;
     --text: #6fabe8; --multimodal: #f0934a; --good: #6cc792; --part: #dcae4b; --bad: #f08277;
     --c1: #6fabe8; --c2: #f0934a; --c3: #55c0ae; --c4: #b394e0; --c5: #d1b548; --c6: #e684b4;
-    --over: 240, 147, 74; --under: 111, 171, 232;
+    --over: 240, 147, 74; --under: 111, 171, 232; --mark: #27472f;
   }
 }
 * { box-sizing: border-box; }
@@ -155,6 +155,33 @@ rect.band { fill: var(--band); }
 .bad .answer { color: var(--bad); } .bad .answer::before { content: "\\2717"; }
 .answer del { text-decoration: underline wavy 1px; text-underline-offset: 3px; }
 .truth { margin-top: 4px !important; }
+h4 { font-size: 14px; font-weight: 600; margin: 22px 0 10px; }
+p.note.first { margin: 0 0 10px; }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); gap: 14px; align-items: start; }
+.sample { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; overflow: hidden; }
+.sample p { margin: 0; padding: 10px 14px; }
+.sample .of { font-size: 13px; color: var(--muted); }
+.sample .of b { color: var(--ink); margin-right: 6px; }
+.sample .images { background: var(--mat); display: flex; flex-wrap: wrap; gap: 12px; align-items: center; justify-content: center;
+  padding: 12px; }
+.sample img { max-width: 100%; max-height: 320px; object-fit: contain; }
+.sample .missing { color: var(--muted); font-size: 12px; overflow-wrap: anywhere; }
+.sample img.small { image-rendering: pixelated; height: 96px; }
+.spans { font-size: 14px; line-height: 1.6; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 22em; overflow-y: auto; }
+mark { background: var(--mark); color: inherit; border-radius: 2px; padding: 1px 0; }
+.special, .image-tokens { font: 12px/1.4 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; color: var(--muted);
+  border: 1px solid var(--rule); border-radius: 4px; padding: 0 3px; }
+mark.special { color: var(--ink); border-color: transparent; }
+.image-tokens { color: var(--multimodal); border-color: currentColor; }
+.left-out { color: var(--muted); }
+
+.answers th, .answers td, .answers th:first-child { text-align: left; vertical-align: middle; white-space: normal; }
+.answers td { min-width: 96px; max-width: 260px; overflow-wrap: anywhere; }
+.answers td:first-child { font-weight: 400; }
+.answers td.picture { min-width: 0; width: 1%; }
+.answers td.picture img { display: block; max-width: 120px; max-height: 72px; object-fit: contain; }
+.answers td.picture img.small { image-rendering: pixelated; height: 48px; }
+.answers .missing { color: var(--muted); font-size: 12px; }
 .truth span, .empty { color: var(--muted); font-weight: 400; }
 @media (max-width: 860px) {
   .grid { grid-template-columns: minmax(0, 1fr); }

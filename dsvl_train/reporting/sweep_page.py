@@ -191,7 +191,7 @@ def _final_losses(runs: Sequence[Run], varied: Sequence[str]) -> Chart:
     series = []
     for modality in MODALITIES:
         ys = [_final_loss(run, modality) for run in runs]
-        series += [Series(modality, xs, ys, modality), Series(modality, xs, ys, modality, "dots", legend="")]
+        series.append(Series(modality, xs, ys, modality, "marked"))
     label = varied[0] if at_value else "point, in the table's order"
     unfinished = any(_status(run) != "finished" for run in runs)
     note = "Points that are not finished are shown as far as they are." if unfinished else ""
