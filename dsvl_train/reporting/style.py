@@ -32,6 +32,10 @@ h3 { font-size: 13px; font-weight: 600; color: var(--muted); margin: 30px 0 10px
 header p { color: var(--muted); margin: 10px 0 0; max-width: 68ch; }
 section { padding: 40px 0 12px; }
 section > p.lead { color: var(--muted); margin: 8px 0 0; max-width: 80ch; }
+header + main > section:first-child { padding-top: 6px; }
+.plain td.number { width: 1%; padding-right: 12px; font-weight: 400; color: var(--muted); }
+.plain td.number + td { text-align: left; padding-left: 0; font-weight: 600; }
+.plain th.number + th { text-align: left; padding-left: 0; }
 footer { color: var(--muted); font-size: 13px; padding-top: 28px; padding-bottom: 48px; }
 nav { position: sticky; top: 0; z-index: 5; background: var(--page); border-bottom: 1px solid var(--rule); }
 nav > div { display: flex; gap: 22px; overflow-x: auto; white-space: nowrap; scrollbar-width: none; }
@@ -78,7 +82,7 @@ figcaption b { font-weight: 600; }
 .key.block i { width: 8px; height: 8px; border: 0; background: var(--c); }
 .key.thin i { border-top-width: 1px; }
 .key.dash i { border-top: 2px dashed var(--c); }
-.key.dots i { width: 6px; height: 6px; border: 0; border-radius: 50%; background: var(--c); }
+.key.dots i, .key.points i { width: 6px; height: 6px; border: 0; border-radius: 50%; background: var(--c); }
 .plot { position: relative; height: 210px; border-bottom: 1px solid var(--rule); margin: 0 2px 0 42px; touch-action: pan-y; }
 .wide .plot { height: 250px; }
 .plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
@@ -90,6 +94,7 @@ path.thin { stroke: var(--c); stroke-width: 1; opacity: .55; }
 path.dash { stroke: var(--c); stroke-width: 1.5; stroke-dasharray: 5 5; }
 path.dots { stroke: var(--c); stroke-width: 4; opacity: .32; }
 path.dots.few { stroke-width: 5; opacity: .6; }
+path.points { stroke: var(--c); stroke-width: 7; }
 path.dots.many { stroke-width: 2.5; opacity: .25; }
 rect.band { fill: var(--band); }
 .y-tick, .x-tick, .x-label, .reference-label, .band-label { color: var(--muted); font-size: 12px; line-height: 16px; white-space: nowrap; }
@@ -190,6 +195,7 @@ mark.special { color: var(--ink); border-color: transparent; }
   h1 { font-size: 30px; }
   .chart { padding: 12px 12px 8px; }
   .legend { margin-left: 0; width: 100%; }
+  .key { white-space: normal; overflow-wrap: anywhere; }
   .ramp { margin-left: 0; }
 }
 @media print { nav { display: none; } .chart, .example { break-inside: avoid; } }
