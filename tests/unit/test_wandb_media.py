@@ -103,3 +103,11 @@ def test_the_table_holds_the_answers_and_the_pictures_that_can_be_read(logged: P
             with Image.open(path) as opened:
                 pictures.append((opened.size, opened.convert("RGB").getpixel((5, 5))))
     assert set(pictures) == {((384, 128), (9, 90, 200))}, "waiting to be uploaded, scaled down"
+
+
+def test_captions_bracket_what_is_supervised(logged: Path) -> None:
+    """They are in the history, whose file is not compressed."""
+    (file,) = (logged / "log" / "wandb").glob("offline-run-*/run-*.wandb")
+    history = file.read_bytes().decode("utf-8", errors="replace").replace("\\\\u27e6", "\u27e6").replace("\\\\u27e7", "\u27e7")
+    history = history.replace("\\u27e6", "\u27e6").replace("\\u27e7", "\u27e7")
+    assert "\u27e6seen 1" in history and "\u27e6sure" not in history and "sure?" in history
