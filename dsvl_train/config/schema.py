@@ -457,6 +457,10 @@ class LoggingConfig:
     wandb_project: str = "dsvl_train"
     progress: bool = True
     """A progress bar on rank 0."""
+    samples: int = 4
+    """Training samples that are kept to look at from a step of `samples_every`, with their tiles and loss mask; 0 = none."""
+    samples_every: int = 500
+    """They are taken from the first step of each modality in every this many steps."""
 
 
 @dataclass

@@ -83,9 +83,9 @@ def _divides(key: str, divisor: int, of_key: str, number: int) -> None:
 
 
 def _check_run(config: RunConfig) -> None:
-    _at_least(config, 1, "run.max_steps", "run.stop_after", "logging.every")
+    _at_least(config, 1, "run.max_steps", "run.stop_after", "logging.every", "logging.samples_every")
     _at_least(config, 0, "run.seed", "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "launch.nproc")
-    _at_least(config, 0, "checkpoint.retries", "checkpoint.retry_s")
+    _at_least(config, 0, "checkpoint.retries", "checkpoint.retry_s", "logging.samples")
     run = config.run
     if not run.name:
         raise ConfigError("run.name", "must not be empty", fix="run.name=NAME")

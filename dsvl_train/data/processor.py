@@ -293,6 +293,10 @@ class Processor(ABC):
         return _Layout(text, *self._image_layout(sizes_wh))
 
     @abstractmethod
+    def visual_tokens(self, tiles_wh: tuple[int, int]) -> int:
+        """Tokens of an image of so many local tiles, as in `Encoded.tiles_wh`."""
+
+    @abstractmethod
     def _image_layout(self, sizes_wh: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[int], int]:
         """Local tiles (wide, high) and visual tokens of each image, and tiles of all."""
 
@@ -329,6 +333,9 @@ class VlProcessor(Processor):
             max_image_pixels=max_image_pixels,
             decode=decode,
         )
+
+    def visual_tokens(self, tiles_wh: tuple[int, int]) -> int:
+        return self.tokens_per_image
 
     def _image_layout(self, sizes_wh: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[int], int]:
         count = len(sizes_wh)
@@ -387,12 +394,15 @@ class Vl2Processor(Processor):
             decode=decode,
         )
 
+    def visual_tokens(self, tiles_wh: tuple[int, int]) -> int:
+        return vl2_visual_tokens(tiles_wh, self.tokens_side)
+
     def _image_layout(self, sizes_wh: Sequence[tuple[int, int]]) -> tuple[list[tuple[int, int]], list[int], int]:
         if len(sizes_wh) > self.tiling_image_limit:
             tiles_wh = [(1, 1)] * len(sizes_wh)
         else:
             tiles_wh = [select_tiles(size_wh, self.image_size, self.candidates, self.tile_selection) for size_wh in sizes_wh]
-        visual_tokens = [vl2_visual_tokens(grid_wh, self.tokens_side) for grid_wh in tiles_wh]
+        visual_tokens = [self.visual_tokens(grid_wh) for grid_wh in tiles_wh]
         return tiles_wh, visual_tokens, sum(1 + wide * high for wide, high in tiles_wh)
 
     def _pixels(self, images: Sequence[OpenedImage], layout: _Layout) -> tuple[Pixels, list[tuple[int, int]]]:

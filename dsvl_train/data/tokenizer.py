@@ -155,6 +155,11 @@ class Tokenizer:
             raise ValueError(f"id {token_id} is not in the vocabulary of {self.vocab_size}")
         return token
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens, roles and tags among them."""
+        return frozenset(token_id for token_id, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
     def fingerprint(self) -> str:
         """Hash of vocabulary, merges and special tokens; equal for the same tokenizer however its file is laid out."""
         return self._fingerprint

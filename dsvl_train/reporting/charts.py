@@ -19,10 +19,14 @@ POINT_LIMIT = 4000
 """Points of one series that are drawn singly; a longer one shows the lowest and highest of neighbours."""
 _BOX = 1000
 _STRIP_CELLS = 500
+_POINT_TICKS = 16
 _FULL_HEAT = 0.8
 """Opacity of the strongest cell of a heat map; the numbers stay legible on it."""
 
-Look = Literal["line", "dots", "dash", "thin"]
+COLOURS = ("c3", "c4", "c5", "c6", "c1", "c2")
+"""Of curves that are neither of a modality nor a reference."""
+Look = Literal["line", "dots", "points", "marked", "dash", "thin"]
+"""dots: pale, of many steps. points: of few, each of which counts. marked: points joined by a line."""
 _EACH_STEP: tuple[Look, ...] = ("dots", "thin")
 """Looks of curves that show each step's own value; the others are averages, schedules and targets."""
 
@@ -69,6 +73,8 @@ class Chart:
     x_label: str = "step"
     x_whole: bool = True
     """Only whole numbers stand on the x axis."""
+    x_room: bool = False
+    """The x axis counts things: it goes on for half a unit on both sides, and names as many as there is room for."""
 
 
 @dataclass
@@ -83,7 +89,8 @@ class Figures:
         drawn = [(s, xs, ys) for s, xs, ys in drawn if any(y is not None for y in ys)]
         if not drawn:
             return ""
-        x_axis = step_axis(min(x for _, xs, _ in drawn for x in xs), max(x for _, xs, _ in drawn for x in xs))
+        room = 0.5 if chart.x_room else 0.0
+        x_axis = step_axis(min(x for _, xs, _ in drawn for x in xs) - room, max(x for _, xs, _ in drawn for x in xs) + room)
         y_axis, notes = _y_axis(chart)
         if any(len(s.xs) > len(xs) for s, xs, _ in drawn):
             notes.append(f"Drawn: the lowest and highest of neighbouring steps, at most {POINT_LIMIT:,} points a curve.")
@@ -155,7 +162,7 @@ def _labels(chart: Chart, x_axis: Axis, y_axis: Axis) -> str:
     parts = [
         f'<span class="y-tick" style="top:{_y(y_axis, tick) / 10:.2f}%">{label}</span>' for tick, label in zip(y_ticks, words, strict=True)
     ]
-    ticks = [tick for tick in x_axis.ticks(5) if not chart.x_whole or tick == int(tick)]
+    ticks = [tick for tick in x_axis.ticks(_POINT_TICKS if chart.x_room else 5) if not chart.x_whole or tick == int(tick)]
     parts += [f'<span class="x-tick" style="left:{_x(x_axis, tick) / 10:.2f}%">{compact(tick)}</span>' for tick in ticks]
     if chart.line_at:
         value, label = chart.line_at
@@ -171,11 +178,13 @@ def _y_ticks(chart: Chart, axis: Axis) -> list[float]:
 
 
 def _marks(look: Look, colour: str, xs: Sequence[float], ys: Sequence[float | None], x_axis: Axis, y_axis: Axis) -> str:
-    if look == "dots" or sum(y is not None for y in ys) == 1:
+    if look == "marked":
+        return "".join(_marks(part, colour, xs, ys, x_axis, y_axis) for part in ("line", "points"))
+    if look in ("dots", "points") or sum(y is not None for y in ys) == 1:
         # A line of no length with round ends stays a circle however the picture is stretched.
         dots = "".join(f"M{_x(x_axis, x)} {_y(y_axis, y)}h0" for x, y in zip(xs, ys, strict=True) if y is not None)
-        crowd = " few" if len(xs) <= 60 else " many" if len(xs) > 400 else ""
-        return f'<path class="dots {colour}{crowd}" d="{dots}"/>'
+        crowd = "" if look == "points" else " few" if len(xs) <= 60 else " many" if len(xs) > 400 else ""
+        return f'<path class="{"points" if look == "points" else "dots"} {colour}{crowd}" d="{dots}"/>'
     path, pen_down = [], False
     for x, y in zip(xs, ys, strict=True):
         if y is not None:

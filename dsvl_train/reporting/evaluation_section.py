@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,16 +10,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dsvl_train.reporting.metrics import number
+from dsvl_train.reporting.pictures import SMALL_SIDE, Picture, Pictures
 from dsvl_train.reporting.scale import NO_VALUE, compact, percent
 
 EXAMPLES_PER_TASK = 24
-_EMBED_SIDE = 900
-_SMALL_SIDE = 64
+_EMBED_SIDE = 640
 _TEXT_LIMIT = 1200
-_SHARE_METRICS = ("exact_match", "contains", "character_accuracy", "anls", "relaxed_number", "last_number", "accuracy")
+SHARE_METRICS = ("exact_match", "contains", "character_accuracy", "anls", "relaxed_number", "last_number", "accuracy")
 
 
 @dataclass
@@ -47,12 +43,12 @@ def read_evaluation(stage: str, path: Path) -> Evaluation:
     return Evaluation(stage, path.parent, content.get("tasks") or {}, number(content.get("bits_per_byte")), content.get("examples") or [])
 
 
-def results_section(evaluations: list[Evaluation], titles: Mapping[str, str]) -> str:
+def results_section(evaluations: list[Evaluation], titles: Mapping[str, str], pictures: Pictures) -> str:
     """Scores and examples as HTML; `titles` gives stages their names for people."""
     last = evaluations[-1]
     table = _table(evaluations, titles) if len(evaluations) > 1 else ""
     with_examples = next((evaluation for evaluation in reversed(evaluations) if evaluation.examples), None)
-    examples = _examples(with_examples) if with_examples else ""
+    examples = _examples(with_examples, pictures) if with_examples else ""
     lead = f"Held-out samples, scored after {titles.get(last.stage, last.stage).lower()}."
     return (
         f'<section id="results"><h2>Results</h2><p class="lead">{escape(lead)}</p>{_tiles(evaluations, titles)}{table}{examples}</section>'
@@ -62,8 +58,8 @@ def results_section(evaluations: list[Evaluation], titles: Mapping[str, str]) ->
 def _tiles(evaluations: list[Evaluation], titles: Mapping[str, str]) -> str:
     last = evaluations[-1]
     tiles = [
-        f"<div><span>{escape(_words(name))}</span><b>{_score(task)}</b>"
-        f"<small>{escape(_words(task.get('metric', 'score')))}{_count(task)}</small></div>"
+        f"<div><span>{escape(words_of(name))}</span><b>{_score(task)}</b>"
+        f"<small>{escape(words_of(task.get('metric', 'score')))}{_count(task)}</small></div>"
         for name, task in last.tasks.items()
     ]
     if last.bits_per_byte is not None:
@@ -84,7 +80,7 @@ def _table(evaluations: list[Evaluation], titles: Mapping[str, str]) -> str:
     rows = []
     for name, metric in names.items():
         scores = "".join(f"<td>{_score(e.tasks.get(name, {}))}</td>" for e in evaluations)
-        rows.append(f"<tr><td>{escape(_words(name))} <small>{escape(_words(metric))}</small></td>{scores}</tr>")
+        rows.append(f"<tr><td>{escape(words_of(name))} <small>{escape(words_of(metric))}</small></td>{scores}</tr>")
     base = next((e.bits_per_byte for e in evaluations if e.bits_per_byte is not None), None)
     if base is not None:
         cells = []
@@ -99,7 +95,7 @@ def _table(evaluations: list[Evaluation], titles: Mapping[str, str]) -> str:
     )
 
 
-def _examples(evaluation: Evaluation) -> str:
+def _examples(evaluation: Evaluation, pictures: Pictures) -> str:
     by_task: dict[str, list[dict[str, Any]]] = {}
     for example in evaluation.examples:
         task = str(example.get("task", "examples"))
@@ -108,14 +104,14 @@ def _examples(evaluation: Evaluation) -> str:
     parts = []
     for task, examples in by_task.items():
         shown = examples[:EXAMPLES_PER_TASK]
-        pictures = [_picture(example.get("image"), evaluation.folder) for example in shown]
-        cards = "".join(_card(example, picture.html) for example, picture in zip(shown, pictures, strict=True))
+        shown_pictures = [_picture(example.get("image"), evaluation.folder, pictures) for example in shown]
+        cards = "".join(_card(example, picture.html) for example, picture in zip(shown, shown_pictures, strict=True))
         right = sum((number(example.get("score")) or 0.0) >= 1.0 for example in examples)
         more = f", the first {len(shown)} shown" if len(shown) < len(examples) else ""
-        side = max(picture.side for picture in pictures)
-        size = " large" if side > 400 else " tiny" if 0 < side <= _SMALL_SIDE else ""
+        side = max(picture.side for picture in shown_pictures)
+        size = " large" if side > 400 else " tiny" if 0 < side <= SMALL_SIDE else ""
         parts.append(
-            f"<h3>{escape(_words(task).capitalize())}: {right} of {len(examples)} examples fully right{more}</h3>"
+            f"<h3>{escape(words_of(task).capitalize())}: {right} of {len(examples)} examples fully right{more}</h3>"
             f'<div class="examples{size}">{cards}</div>'
         )
     return "".join(parts)
@@ -123,16 +119,21 @@ def _examples(evaluation: Evaluation) -> str:
 
 def _card(example: Mapping[str, Any], picture: str) -> str:
     score = number(example.get("score")) or 0.0
-    look = "good" if score >= 1.0 else "bad" if score <= 0.0 else "part"
-    answer, truth = _cut(example.get("answer")), _cut(example.get("truth"))
+    look = look_of(score)
+    answer, truth = cut(example.get("answer")), cut(example.get("truth"))
     below = "" if look == "good" and answer == truth else f'<p class="truth"><span>truth</span> {escape(truth)}</p>'
     partial = f' <span class="empty">({percent(score)})</span>' if look == "part" else ""
     shown = _marked(answer, truth) if look == "part" else escape(answer)
     return (
         f'<div class="example {look}"><div class="image">{picture}</div>'
-        f'<div class="words"><p class="question">{escape(_cut(example.get("question")))}</p>'
+        f'<div class="words"><p class="question">{escape(cut(example.get("question")))}</p>'
         f'<p class="answer">{shown or "<span class=empty>no answer</span>"}{partial}</p>{below}</div></div>'
     )
+
+
+def look_of(score: float) -> str:
+    """The class of the style sheet for an answer of this score."""
+    return "good" if score >= 1.0 else "bad" if score <= 0.0 else "part"
 
 
 def _marked(answer: str, truth: str) -> str:
@@ -144,38 +145,18 @@ def _marked(answer: str, truth: str) -> str:
     return "".join(parts)
 
 
-@dataclass
-class _Picture:
-    html: str
-    side: int = 0
-
-
-def _picture(image: object, folder: Path) -> _Picture:
-    """The image as a data URI, scaled down where it is large; a note in its place where it cannot be read."""
+def _picture(image: object, folder: Path, pictures: Pictures) -> Picture:
+    """Paths are relative to the evaluation's file, or to where the evaluation was started."""
     if not image:
-        return _Picture('<span class="missing">no image</span>')
-    path = folder / str(image)
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            picture = opened.convert("RGB") if opened.mode not in ("L", "RGB") else opened.copy()
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return _Picture(f'<span class="missing">cannot read {escape(path.name)}</span>')
-    side = max(picture.size)
-    if side > _EMBED_SIDE:
-        picture.thumbnail((_EMBED_SIDE, _EMBED_SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    small = ' class="small"' if side <= _SMALL_SIDE else ""
-    return _Picture(f'<img{small} src="data:image/png;base64,{data}" alt="held-out image" loading="lazy">', side)
+        return Picture('<span class="missing">no image</span>')
+    return pictures.embed([folder / str(image), Path(str(image))], _EMBED_SIDE, "held-out image")
 
 
 def _score(task: Mapping[str, Any]) -> str:
     score = number(task.get("score"))
     if score is None:
         return NO_VALUE
-    return percent(score, 1) if task.get("metric") in _SHARE_METRICS and 0.0 <= score <= 1.0 else compact(score)
+    return percent(score, 1) if task.get("metric") in SHARE_METRICS and 0.0 <= score <= 1.0 else compact(score)
 
 
 def _count(task: Mapping[str, Any]) -> str:
@@ -186,10 +167,12 @@ def _change(value: float | None, base: float | None) -> str:
     return "" if value is None or not base else f"{100 * (value / base - 1):+.1f}%".replace("-", "\u2212")
 
 
-def _words(name: object) -> str:
+def words_of(name: object) -> str:
+    """A name of a task or metric as people write it."""
     return str(name).replace("_", " ")
 
 
-def _cut(text: object) -> str:
+def cut(text: object, limit: int = _TEXT_LIMIT) -> str:
+    """At most so many characters of a text."""
     words = "" if text is None else str(text)
-    return words if len(words) <= _TEXT_LIMIT else words[:_TEXT_LIMIT] + " …"
+    return words if len(words) <= limit else words[:limit] + " …"

@@ -9,12 +9,15 @@ from pathlib import Path
 from dsvl_train.reporting.charts import Chart, Figures, Series
 from dsvl_train.reporting.evaluation_section import Evaluation, read_evaluation, results_section
 from dsvl_train.reporting.metrics import number, smooth, total
+from dsvl_train.reporting.pictures import Pictures
 from dsvl_train.reporting.runs import MODALITIES, Run, read_run
 from dsvl_train.reporting.scale import NO_VALUE, compact, percent
 from dsvl_train.reporting.stage_section import modality_tail, stage_section, stage_titles
 from dsvl_train.reporting.style import CSS, JS
 
 _NO_OUTSIDE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+_PICTURE_BYTES = 2_500_000
+"""Of the results, and of all stages together."""
 
 
 def report(run_dirs: Sequence[Path], out: Path, evaluation: Path | Mapping[str, Path] | None = None, *, title: str | None = None) -> Path:
@@ -60,11 +63,14 @@ def _page(runs: list[Run], evaluations: list[Evaluation], title: str | None) -> 
     parts = [
         f"<header><h1>{escape(heading)}</h1><p>{escape(_subtitle(runs, model if title else ''))}</p></header>",
         f"<nav><div>{navigation}</div></nav><main>",
-        results_section(evaluations, by_stage) if evaluations else "",
+        results_section(evaluations, by_stage, Pictures(_PICTURE_BYTES)) if evaluations else "",
         f'<section id="stages"><h2>Stages</h2>{_summary(runs, titles)}',
         f'<div class="grid after-table">{figures.draw(_whole_path(runs, titles))}</div></section>',
-        *(stage_section(run, name, anchor, figures) for run, name, anchor in zip(runs, titles, anchors, strict=True)),
-        "</main><footer>Made from metrics.jsonl and config.yaml of each run. "
+        *(
+            stage_section(run, name, anchor, figures, Pictures(_PICTURE_BYTES // len(runs)))
+            for run, name, anchor in zip(runs, titles, anchors, strict=True)
+        ),
+        "</main><footer>Made from metrics.jsonl, evaluation.jsonl, samples/ and config.yaml of each run. "
         "A step that was repeated after a resume counts once, as it last ran.</footer>",
     ]
     return document(heading, "".join(parts), figures)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from dsvl_train.reporting.metrics import Record, number, read_metrics, total
+from dsvl_train.reporting.samples_file import SampleRecord, read_samples
 
 MODALITIES = ("text", "multimodal")
 
@@ -22,6 +23,10 @@ class Run:
     config: dict[str, Any]
     records: list[Record]
     """The steps in order, each once."""
+    evaluations: list[Record] = field(default_factory=list)
+    """Evaluations in the loop, likewise: `evaluation.jsonl`."""
+    samples: list[SampleRecord] = field(default_factory=list)
+    """What it was trained on in some steps."""
 
     def setting(self, path: str, default: Any = None) -> Any:
         """A setting by its dotted name, as in `config.yaml`; the default where it is missing or null."""
@@ -55,12 +60,13 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """A run folder's config.yaml and metrics.jsonl; either may be missing (a run that has not begun).
+    """A run folder's files; config.yaml or metrics.jsonl may be missing (a run that has not begun), and the others.
 
     Raises FileNotFoundError where the folder itself is missing or holds neither.
     """
-    config_path, metrics_path = folder / "config.yaml", folder / "metrics.jsonl"
+    config_path, metrics_path, evaluation_path = (folder / name for name in ("config.yaml", "metrics.jsonl", "evaluation.jsonl"))
     if not config_path.is_file() and not metrics_path.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has neither config.yaml nor metrics.jsonl")
     config: Any = OmegaConf.to_container(OmegaConf.load(config_path)) if config_path.is_file() else {}
-    return Run(folder, config if isinstance(config, dict) else {}, read_metrics(metrics_path) if metrics_path.is_file() else [])
+    records, evaluations = (read_metrics(path) if path.is_file() else [] for path in (metrics_path, evaluation_path))
+    return Run(folder, config if isinstance(config, dict) else {}, records, evaluations, read_samples(folder))

@@ -8,15 +8,17 @@ from html import escape
 from statistics import fmean, median
 from typing import Any
 
-from dsvl_train.reporting.charts import Chart, Figures, Look, Series, bars, load_map
+from dsvl_train.reporting.charts import COLOURS, Chart, Figures, Look, Series, bars, load_map
+from dsvl_train.reporting.loop_section import answers_part, evaluation_charts
 from dsvl_train.reporting.metrics import Record, mean, number, smooth, total
+from dsvl_train.reporting.pictures import Pictures
 from dsvl_train.reporting.runs import MODALITIES, Run
+from dsvl_train.reporting.sample_cards import samples_part
 from dsvl_train.reporting.scale import compact, percent
 
 Statistic = Callable[[Sequence[float]], float]
 
 _LOAD_STEPS = 50
-_COLOURS = ("c3", "c4", "c5", "c6", "c1", "c2")
 _STAGE_TITLES = {"lm": "Language model", "align": "Alignment", "pretrain": "Joint pretraining", "sft": "Supervised fine-tuning"}
 
 
@@ -27,22 +29,24 @@ def stage_titles(runs: Sequence[Run]) -> list[str]:
     return [name if times[run.stage] == 1 else f"{name} ({run.folder.name})" for name, run in zip(names, runs, strict=True)]
 
 
-def stage_section(run: Run, title: str, anchor: str, figures: Figures) -> str:
+def stage_section(run: Run, title: str, anchor: str, figures: Figures, pictures: Pictures) -> str:
     """The stage as HTML."""
     head = f'<section id="{escape(anchor)}"><h2>{escape(title)}</h2>{_facts(run)}'
     if not run.records:
         return f'{head}<p class="lead">No step was recorded in {escape(run.folder.name)}/metrics.jsonl.</p></section>'
-    groups: tuple[tuple[str, list[Chart | str]], ...] = (
-        ("Learning", [_loss(run), _text_share(run), _learning_rate(run), _gradient_norm(run), _loss_by_source(run), _aux_loss(run)]),
-        ("Experts", [_expert_load(run), _expert_violation(run)]),
-        ("Data and speed", [_tiles_per_image(run), _speed(run), _step_time(run), _balance(run), _bad_samples(run)]),
+    groups: tuple[tuple[str, Sequence[Chart | str], str], ...] = (
+        ("Learning", [_loss(run), _text_share(run), _learning_rate(run), _gradient_norm(run), _loss_by_source(run), _aux_loss(run)], ""),
+        ("Evaluation", evaluation_charts(run), answers_part(run, pictures)),
+        ("Experts", [_expert_load(run), _expert_violation(run)], ""),
+        ("Data and speed", [_tiles_per_image(run), _speed(run), _step_time(run), _balance(run), _bad_samples(run)], ""),
     )
     body = []
-    for title, charts in groups:
+    for title, charts, more in groups:
         drawn = [html for chart in charts if (html := figures.draw(chart) if isinstance(chart, Chart) else chart)]
-        if drawn:
-            body.append(f'<h3>{title}</h3><div class="grid">{"".join(drawn)}</div>')
-    return f"{head}{''.join(body)}</section>"
+        if drawn or more:
+            grid = f'<div class="grid">{"".join(drawn)}</div>' if drawn else ""
+            body.append(f"<h3>{title}</h3>{grid}{more}")
+    return f"{head}{''.join(body)}{samples_part(run, pictures)}</section>"
 
 
 def _facts(run: Run) -> str:
@@ -157,7 +161,7 @@ def _learning_rate(run: Run) -> Chart:
     for index, group in enumerate(groups):
         kept = [record for record in run.records if isinstance(record.get("lr"), Mapping) and group in record["lr"]]
         xs, ys = [float(record["step"]) for record in kept], [number(record["lr"][group]) for record in kept]
-        series.append(Series(_group_name(str(group)), xs, ys, _COLOURS[index % len(_COLOURS)]))
+        series.append(Series(_group_name(str(group)), xs, ys, COLOURS[index % len(COLOURS)]))
     return Chart("Learning rate", "by parameter group", series, zero=True)
 
 
@@ -183,7 +187,7 @@ def _loss_by_source(run: Run) -> Chart:
     for index, source in enumerate(sources):
         kept = [record for record in run.records if source in (record.get("loss_by_source") or {})]
         xs, ys = [float(record["step"]) for record in kept], [number(record["loss_by_source"][source]) for record in kept]
-        series.append(Series(str(source), *smooth(xs, ys, _window(len(xs))), _COLOURS[index % len(_COLOURS)]))
+        series.append(Series(str(source), *smooth(xs, ys, _window(len(xs))), COLOURS[index % len(COLOURS)]))
     if len(series) < 2:
         return Chart("", "", [])
     return Chart("Loss by source", "nats per supervised token", series, "Moving averages.")

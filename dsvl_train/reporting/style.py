@@ -7,7 +7,7 @@ CSS = """
   --band: rgba(34, 38, 43, .035); --mat: #f1f0ec;
   --text: #2a6db0; --multimodal: #c45f12; --good: #23774a; --part: #946200; --bad: #b3342c;
   --c1: #2a6db0; --c2: #c45f12; --c3: #1f8072; --c4: #7a56a8; --c5: #8f7400; --c6: #b0437a;
-  --over: 196, 95, 18; --under: 42, 109, 176;
+  --over: 196, 95, 18; --under: 42, 109, 176; --mark: #d9efd9;
   --serif: Charter, "Bitstream Charter", "Iowan Old Style", "Source Serif 4", Georgia, "Noto Serif", serif;
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Helvetica Neue", sans-serif;
 }
@@ -17,7 +17,7 @@ CSS = """
     --band: rgba(255, 255, 255, .03); --mat: #292d33;
     --text: #6fabe8; --multimodal: #f0934a; --good: #6cc792; --part: #dcae4b; --bad: #f08277;
     --c1: #6fabe8; --c2: #f0934a; --c3: #55c0ae; --c4: #b394e0; --c5: #d1b548; --c6: #e684b4;
-    --over: 240, 147, 74; --under: 111, 171, 232;
+    --over: 240, 147, 74; --under: 111, 171, 232; --mark: #27472f;
   }
 }
 * { box-sizing: border-box; }
@@ -32,6 +32,10 @@ h3 { font-size: 13px; font-weight: 600; color: var(--muted); margin: 30px 0 10px
 header p { color: var(--muted); margin: 10px 0 0; max-width: 68ch; }
 section { padding: 40px 0 12px; }
 section > p.lead { color: var(--muted); margin: 8px 0 0; max-width: 80ch; }
+header + main > section:first-child { padding-top: 6px; }
+.plain td.number { width: 1%; padding-right: 12px; font-weight: 400; color: var(--muted); }
+.plain td.number + td { text-align: left; padding-left: 0; font-weight: 600; }
+.plain th.number + th { text-align: left; padding-left: 0; }
 footer { color: var(--muted); font-size: 13px; padding-top: 28px; padding-bottom: 48px; }
 nav { position: sticky; top: 0; z-index: 5; background: var(--page); border-bottom: 1px solid var(--rule); }
 nav > div { display: flex; gap: 22px; overflow-x: auto; white-space: nowrap; scrollbar-width: none; }
@@ -78,7 +82,7 @@ figcaption b { font-weight: 600; }
 .key.block i { width: 8px; height: 8px; border: 0; background: var(--c); }
 .key.thin i { border-top-width: 1px; }
 .key.dash i { border-top: 2px dashed var(--c); }
-.key.dots i { width: 6px; height: 6px; border: 0; border-radius: 50%; background: var(--c); }
+.key.dots i, .key.points i { width: 6px; height: 6px; border: 0; border-radius: 50%; background: var(--c); }
 .plot { position: relative; height: 210px; border-bottom: 1px solid var(--rule); margin: 0 2px 0 42px; touch-action: pan-y; }
 .wide .plot { height: 250px; }
 .plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
@@ -90,6 +94,7 @@ path.thin { stroke: var(--c); stroke-width: 1; opacity: .55; }
 path.dash { stroke: var(--c); stroke-width: 1.5; stroke-dasharray: 5 5; }
 path.dots { stroke: var(--c); stroke-width: 4; opacity: .32; }
 path.dots.few { stroke-width: 5; opacity: .6; }
+path.points { stroke: var(--c); stroke-width: 7; }
 path.dots.many { stroke-width: 2.5; opacity: .25; }
 rect.band { fill: var(--band); }
 .y-tick, .x-tick, .x-label, .reference-label, .band-label { color: var(--muted); font-size: 12px; line-height: 16px; white-space: nowrap; }
@@ -155,6 +160,33 @@ rect.band { fill: var(--band); }
 .bad .answer { color: var(--bad); } .bad .answer::before { content: "\\2717"; }
 .answer del { text-decoration: underline wavy 1px; text-underline-offset: 3px; }
 .truth { margin-top: 4px !important; }
+h4 { font-size: 14px; font-weight: 600; margin: 22px 0 10px; }
+p.note.first { margin: 0 0 10px; }
+.samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); gap: 14px; align-items: start; }
+.sample { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; overflow: hidden; }
+.sample p { margin: 0; padding: 10px 14px; }
+.sample .of { font-size: 13px; color: var(--muted); }
+.sample .of b { color: var(--ink); margin-right: 6px; }
+.sample .images { background: var(--mat); display: flex; flex-wrap: wrap; gap: 12px; align-items: center; justify-content: center;
+  padding: 12px; }
+.sample img { max-width: 100%; max-height: 320px; object-fit: contain; }
+.sample .missing { color: var(--muted); font-size: 12px; overflow-wrap: anywhere; }
+.sample img.small { image-rendering: pixelated; height: 96px; }
+.spans { font-size: 14px; line-height: 1.6; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 22em; overflow-y: auto; }
+mark { background: var(--mark); color: inherit; border-radius: 2px; padding: 1px 0; }
+.special, .image-tokens { font: 12px/1.4 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; color: var(--muted);
+  border: 1px solid var(--rule); border-radius: 4px; padding: 0 3px; }
+mark.special { color: var(--ink); border-color: transparent; }
+.image-tokens { color: var(--multimodal); border-color: currentColor; }
+.left-out { color: var(--muted); }
+
+.answers th, .answers td, .answers th:first-child { text-align: left; vertical-align: middle; white-space: normal; }
+.answers td { min-width: 96px; max-width: 260px; overflow-wrap: anywhere; }
+.answers td:first-child { font-weight: 400; }
+.answers td.picture { min-width: 0; width: 1%; }
+.answers td.picture img { display: block; max-width: 120px; max-height: 72px; object-fit: contain; }
+.answers td.picture img.small { image-rendering: pixelated; height: 48px; }
+.answers .missing { color: var(--muted); font-size: 12px; }
 .truth span, .empty { color: var(--muted); font-weight: 400; }
 @media (max-width: 860px) {
   .grid { grid-template-columns: minmax(0, 1fr); }
@@ -163,6 +195,7 @@ rect.band { fill: var(--band); }
   h1 { font-size: 30px; }
   .chart { padding: 12px 12px 8px; }
   .legend { margin-left: 0; width: 100%; }
+  .key { white-space: normal; overflow-wrap: anywhere; }
   .ramp { margin-left: 0; }
 }
 @media print { nav { display: none; } .chart, .example { break-inside: avoid; } }

@@ -45,9 +45,16 @@ class SweepTable:
         return "\n".join(line.rstrip() for line in lines)
 
     def as_html(self) -> str:
+        """For a page: numbered, as the picture of the points may be."""
         heads = "".join(f"<th>{escape(head)}</th>" for head in self.heads)
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in self.rows)
-        return f'<div class="table-box"><table class="plain"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+        rows = "".join(
+            f'<tr><td class="number">{number}</td>{"".join(f"<td>{escape(cell)}</td>" for cell in row)}</tr>'
+            for number, row in enumerate(self.rows, start=1)
+        )
+        return (
+            f'<div class="table-box"><table class="plain"><thead><tr><th class="number"></th>{heads}</tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>"
+        )
 
 
 def is_sweep(folder: Path) -> bool:
@@ -183,7 +190,7 @@ def _page(folder: Path, runs: Sequence[Run], varied: Sequence[str], table: Sweep
 
 
 def _final_losses(runs: Sequence[Run], varied: Sequence[str]) -> Chart:
-    """Final losses against the setting that varies, where it is one number; otherwise point by point, as in the table."""
+    """Final losses against the setting that varies, where it is one number; otherwise point by point, by their numbers."""
     values = [number(run.setting(varied[0])) for run in runs] if len(varied) == 1 else []
     sizes = [value for value in values if value is not None]
     at_value = len(sizes) == len(runs) and (min(sizes) == 0 or 0 < max(sizes) / min(sizes) <= _WIDEST_LINEAR)
@@ -191,11 +198,14 @@ def _final_losses(runs: Sequence[Run], varied: Sequence[str]) -> Chart:
     series = []
     for modality in MODALITIES:
         ys = [_final_loss(run, modality) for run in runs]
-        series += [Series(modality, xs, ys, modality), Series(modality, xs, ys, modality, "dots", legend="")]
-    label = varied[0] if at_value else "point, in the table's order"
+        # A line between points whose order means nothing would tell of a course that there is not.
+        series.append(Series(modality, xs, ys, modality, "marked" if at_value else "points"))
+    label = varied[0] if at_value else "point, by its number in the table"
     unfinished = any(_status(run) != "finished" for run in runs)
     note = "Points that are not finished are shown as far as they are." if unfinished else ""
-    return Chart("Final loss", "nats per supervised token", series, note, wide=True, x_label=label, x_whole=not at_value)
+    return Chart(
+        "Final loss", "nats per supervised token", series, note, wide=True, x_label=label, x_whole=not at_value, x_room=not at_value
+    )
 
 
 def _curves(runs: Sequence[Run], modality: str) -> Chart:

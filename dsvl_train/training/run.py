@@ -47,7 +47,7 @@ def _train(cfg: RunConfig, world: World) -> int:
     from dsvl_train.models.costs import choose_division
     from dsvl_train.training import checkpoint
     from dsvl_train.training.bad_samples import BadSampleWatch
-    from dsvl_train.training.callbacks import default_callbacks
+    from dsvl_train.training.callbacks import Samples, default_callbacks
     from dsvl_train.training.callbacks.evaluation import Evaluation
     from dsvl_train.training.interrupt import StopRequest
     from dsvl_train.training.setup import build_trainable, building_place, check_processor
@@ -69,10 +69,11 @@ def _train(cfg: RunConfig, world: World) -> int:
     train_step = TrainStep(cfg, world, model, chunks, optimiser, data.source_names, watchdog.pulse)
     bad_samples = BadSampleWatch(run_dir, cfg.data.max_bad_fraction, is_main=world.is_main)
     saver = checkpoint.Saver(cfg, world, model, optimiser)
-    callbacks = default_callbacks(cfg.logging)
+    samples = Samples(data.processor, data.source_names) if cfg.logging.samples else None
+    evaluation = None
     if cfg.eval.every:
         evaluation = Evaluation(cfg, world, model, watchdog.pulse, lambda: stop.requested, optimiser.whole_weights)
-        callbacks = default_callbacks(cfg.logging, evaluation)
+    callbacks = default_callbacks(cfg.logging, samples, evaluation)
     trainer = Trainer(cfg, world, model, optimiser, data, train_step, callbacks, stop, bad_samples, watchdog, saver)
     bad_so_far = samples_seen = 0
     if resume_from is not None:

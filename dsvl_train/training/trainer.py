@@ -59,6 +59,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.run_dir = Path(self.cfg.run.dir)
         self.metrics: Metrics = {}
+        self.batch: StepBatch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -102,7 +103,7 @@ class Trainer:
     def _run_step(self, batch: StepBatch, data_wait_s: float) -> bool:
         rate = learning_rate(batch.step, self.cfg.run.max_steps, self.cfg.optim.lr, self.cfg.optim.schedule)
         metrics, counts = self.train_step(batch, rate, self.stop.requested)
-        self.step = batch.step
+        self.step, self.batch = batch.step, batch
         self.bad_samples.update(batch, counts.bad_samples)
         for name in TOTALS:
             self.totals[name] += getattr(counts, name)

@@ -20,6 +20,7 @@ from dsvl_train.checkpoints.folders import find_latest, list_steps
 from dsvl_train.checkpoints.manifest import check
 from dsvl_train.data.shards import ShardWriter
 from dsvl_train.reporting.metrics import read_metrics
+from dsvl_train.reporting.samples_file import read_samples
 from tests.distributed.harness import small_disk
 from tests.distributed.small_runs import ANSWERS, REPOSITORY, losses, make_data, overrides, start, train
 
@@ -85,6 +86,15 @@ def test_stop_after_and_resume_continue_the_same_loss_curve(data: Path, uninterr
     done = train(overrides(data, run_dir), ranks=2)
     assert done.returncode == 0, done.stderr
     assert losses(run_dir) == losses(uninterrupted)
+    assert samples_of(run_dir) == samples_of(uninterrupted)
+
+
+def samples_of(run_dir: Path) -> tuple[bytes, list[tuple[str, bytes]]]:
+    """The list of samples, and the pictures; of the first steps of both modalities."""
+    folder = run_dir / "samples"
+    records = read_samples(run_dir)
+    assert {record["modality"] for record in records} == {"text", "multimodal"} and len({record["step"] for record in records}) == 2
+    return (folder / "samples.jsonl").read_bytes(), sorted((path.name, path.read_bytes()) for path in folder.glob("*.png"))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +159,10 @@ def test_stages_of_both_families_run(data: Path, tmp_path: Path, family: str, st
     done = train(overrides(data, tmp_path / "run", "run.max_steps=2", *layout, family=family, stage=stage), ranks)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "run")) == 2
+    multimodal = [record for record in read_samples(tmp_path / "run") if record["modality"] == "multimodal"]
+    assert all((tmp_path / "run" / "samples" / image["file"]).is_file() for record in multimodal for image in record["images"])
+    assert bool(multimodal) == any(modality == "multimodal" for _, modality, _ in losses(tmp_path / "run"))
+    assert all(record["images"] and record["supervised_tokens"] for record in multimodal)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ from dsvl_train.config.schema import (
     StageConfig,
     VisionConfig,
 )
-from dsvl_train.training.callbacks import Health, MetricsFile, Progress, Throughput, TrainerView, WandbLogger, default_callbacks
+from dsvl_train.data.batch import StepBatch
+from dsvl_train.training.callbacks import Health, MetricsFile, Progress, Samples, Throughput, TrainerView, WandbLogger, default_callbacks
 from dsvl_train.training.callbacks.progress import duration
 from dsvl_train.training.callbacks.wandb_logger import flatten
 
@@ -69,6 +70,7 @@ class Trainer:
         self.cfg = cfg or run_config()
         self.run_dir, self.is_main, self.step = run_dir, is_main, step
         self.metrics: dict = {}
+        self.batch: StepBatch | None = None
 
     def do_step(self, callbacks, **metrics) -> None:
         self.step += 1
@@ -345,6 +347,8 @@ def test_default_callbacks_follow_the_settings():
         return [type(callback).__name__ for callback in default_callbacks(LoggingConfig(**settings))]
 
     assert names() == ["Throughput", "Health", "MetricsFile", "Progress"]
+    with_samples = default_callbacks(LoggingConfig(), Samples(None, []))  # type: ignore[arg-type]
+    assert [type(callback).__name__ for callback in with_samples] == ["Throughput", "Health", "Samples", "MetricsFile", "Progress"]
     assert names(wandb="offline", progress=False) == ["Throughput", "Health", "MetricsFile", "WandbLogger"]
 
 

@@ -258,6 +258,8 @@ def test_config_yaml_that_does_not_fit_is_refused(tmp_path: Path, vl2: RunConfig
         ({"run__seed": -1}, "run.seed", "at least 0"),
         ({"run__dir": ""}, "run.dir", "not be empty"),
         ({"logging__every": 0}, "logging.every", "at least 1"),
+        ({"logging__samples_every": 0}, "logging.samples_every", "at least 1"),
+        ({"logging__samples": -1}, "logging.samples", "at least 0"),
         ({"checkpoint__every": -1}, "checkpoint.every", "at least 0"),
         ({"launch__nproc": -2}, "launch.nproc", "at least 0"),
         ({"model__vision__siglip__heads": 5}, "model.vision.siglip.heads, model.vision.siglip.width", "5, 96"),

@@ -79,3 +79,21 @@ def test_the_report_of_a_sweep_is_true_to_its_metrics(tmp_path: Path, capsys: py
         ("text_ratio=0.15", [1, 3]),
         ("text_ratio=0.6", [float(step) for step in range(1, 20, 2)]),
     ]
+
+
+def test_points_without_an_order_are_numbered_and_not_joined(tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    for place, (ratio, rate) in enumerate([(0.3, 1e-4), (0.7, 1e-4), (0.3, 1e-3)]):
+        records = [record(step, loss=2.0 + place) for step in range(1, 4)]
+        make_run(folder / f"lr={rate},text_ratio={ratio}", records, data={"text_ratio": ratio}, optim={"lr": rate})
+    page = tmp_path / "page.html"
+    assert main(["report", str(folder), "--out", str(page)]) == 0
+    drawn = read_page(page)
+    (final,) = drawn.titled("Final loss")
+    assert final["x_label"] == "point, by its number in the table" and final["x"] == [0.5, 3.5]
+    assert [(series["x"], series["y"]) for series in final["series"]] == [([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])]
+    assert "1 lr=0.0001,text_ratio=0.3" in drawn.text.replace("1lr", "1 lr")
+    classes = [value for tag, name, value in drawn.attributes if tag == "path" and name == "class"]
+    assert classes.count("points text") == 1
+    final_svg = page.read_text(encoding="utf-8").split('aria-label="Final loss')[1].split("</svg>")[0]
+    assert "points text" in final_svg and "line text" not in final_svg

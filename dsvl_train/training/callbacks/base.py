@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dsvl_train.config.schema import RunConfig
+from dsvl_train.data.batch import StepBatch
 
 Metrics = dict[str, Any]
 """One step's record; the keys are those of `metrics.jsonl`."""
@@ -33,6 +34,11 @@ class TrainerView(Protocol):
     @property
     def metrics(self) -> Metrics:
         """The last step's record."""
+        ...
+
+    @property
+    def batch(self) -> StepBatch | None:
+        """What this rank was given for the last step; None before the first. It is gone with the next step, so keep no part of it."""
         ...
 
 

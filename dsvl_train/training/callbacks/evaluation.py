@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from dsvl_train.evaluation.layouts import open_task
 from dsvl_train.evaluation.loading import LoadedModel
 from dsvl_train.evaluation.prompts import Style
 from dsvl_train.evaluation.ranks import EvaluationStopped, Ranks
-from dsvl_train.evaluation.tasks import BITS_PER_BYTE, Task, TaskResult, spread
+from dsvl_train.evaluation.tasks import BITS_PER_BYTE, PERPLEXITY, Task, TaskResult, spread
 from dsvl_train.models.vlm import VisionLanguageModel
 from dsvl_train.parallel.startup import World
 from dsvl_train.training.callbacks.base import Callback, Metrics, TrainerView
@@ -64,12 +65,15 @@ class Evaluation(Callback):
         self._evaluator = Evaluator(loaded, ranks, cfg.eval.max_new_tokens, cfg.eval.tokens_at_once)
         self._tasks = {name: self._open(cfg, name, source) for name, source in cfg.eval.tasks.items()}
         self._texts = self._open_text(cfg)
+        self.generations: list[dict[str, Any]] = []
+        """The examples of the last step that have an answer, each with its step and task; mostly none."""
         self._file = MetricsFile(FILE)
 
     def on_run_start(self, trainer: TrainerView) -> None:
         self._file.on_run_start(trainer)
 
     def on_step_end(self, trainer: TrainerView, metrics: Metrics) -> None:
+        self.generations = []
         if trainer.step % trainer.cfg.eval.every and trainer.step != trainer.cfg.run.max_steps:
             return
         self._step, started = trainer.step, time.perf_counter()
@@ -85,7 +89,10 @@ class Evaluation(Callback):
         metrics.update(_flat(results, text) | {"eval/seconds": seconds})
         record: dict[str, Any] = {"step": trainer.step, "seconds": seconds, "tasks": {}}
         for name, result in results.items():
-            record["tasks"][name] = result.summary() | {"examples": result.examples[:_EXAMPLES]}
+            examples = [_at_home_anywhere(example) for example in result.examples[:_EXAMPLES]]
+            record["tasks"][name] = result.summary() | {"examples": examples}
+            if result.metric != PERPLEXITY:
+                self.generations += [{"step": trainer.step, "task": name, **example} for example in examples]
         if text is not None:
             record[BITS_PER_BYTE] = text.score
         self._file.on_step_end(trainer, record)
@@ -133,6 +140,11 @@ def undisturbed(model: VisionLanguageModel) -> Iterator[None]:
         torch.set_rng_state(on_cpu)
         if on_cuda is not None:
             torch.cuda.set_rng_state(on_cuda)
+
+
+def _at_home_anywhere(example: dict[str, Any]) -> dict[str, Any]:
+    """With the picture's whole path: whoever reads the file need not stand where the run was started."""
+    return example | {"image": str(Path(example["image"]).absolute()) if example["image"] else ""}
 
 
 def _flat(results: dict[str, TaskResult], text: TaskResult | None) -> Metrics:

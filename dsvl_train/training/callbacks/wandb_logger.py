@@ -8,18 +8,29 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsvl_train.training.callbacks.base import Callback, Metrics, TrainerView
+from dsvl_train.training.callbacks.samples import Samples
+from dsvl_train.training.callbacks.wandb_media import generations_table, sample_media
+
+if TYPE_CHECKING:
+    from dsvl_train.training.callbacks.evaluation import Evaluation  # imports megatron-core
 
 _log = logging.getLogger(__name__)
 
 
 class WandbLogger(Callback):
     """Logs every step from rank 0. Runs of one model are a group, the training stage is the job type; `logging.wandb` chooses offline,
-    online or disabled. Whatever fails in wandb gives one warning and ends the logging, not the run."""
+    online or disabled. Whatever fails in wandb gives one warning and ends the logging, not the run.
 
-    def __init__(self) -> None:
+    Args:
+        samples: whose samples are logged beside the numbers, in the steps that have some.
+        evaluation: whose answers are.
+    """
+
+    def __init__(self, samples: Samples | None = None, evaluation: Evaluation | None = None) -> None:
+        self._samples, self._evaluation = samples, evaluation
         self._run: Any = None
 
     def on_run_start(self, trainer: TrainerView) -> None:
@@ -28,13 +39,21 @@ class WandbLogger(Callback):
 
     def on_step_end(self, trainer: TrainerView, metrics: Metrics) -> None:
         if self._run is not None:
-            self._guard(lambda: self._run.log(flatten(metrics), step=trainer.step))
+            self._guard(lambda: self._run.log(flatten(metrics) | self._media(trainer), step=trainer.step))
 
     def on_run_end(self, trainer: TrainerView, reason: str) -> None:
         self._finish(exit_code=0)
 
     def on_exception(self, trainer: TrainerView, error: BaseException) -> None:
         self._finish(exit_code=1)
+
+    def _media(self, trainer: TrainerView) -> dict[str, Any]:
+        media: dict[str, Any] = {}
+        if self._samples is not None and self._samples.drawn:
+            media |= sample_media(self._samples.drawn, trainer.run_dir)
+        if self._evaluation is not None and self._evaluation.generations:
+            media["generations"] = generations_table(self._evaluation.generations)
+        return media
 
     def _start(self, trainer: TrainerView) -> None:
         import wandb
