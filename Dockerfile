@@ -7,17 +7,19 @@
 #       dsvl python train.py recipe=deepseek_vl2_tiny/align data.root=/data launch.nproc=8
 #   docker run --rm dsvl:cpu dsvl plan recipe=demo_vl2/pretrain
 #
-# VARIANT  gpu or cpu
-# EXTRAS   extras of pyproject.toml, with commas between them; constraints.txt pins what these need
+# VARIANT      gpu or cpu
+# TORCH_INDEX  for VARIANT=cpu: PyTorch's index of CPU builds, a smaller download than the CUDA build that pip finds by itself on x86
+# EXTRAS       extras of pyproject.toml, with commas between them; constraints.txt pins what these need
 ARG VARIANT=gpu
 
 # torch 2.10.0a0, Python 3.12, CUDA 13.1
 FROM nvcr.io/nvidia/pytorch:25.12-py3 AS gpu
 
 FROM python:3.11.14-slim-bookworm AS cpu
-# Alone, since this index has no other package in the versions of constraints.txt; what torch requires comes with the rest.
+ARG TORCH_INDEX
+# Alone, since PyTorch's index has no other package in the versions of constraints.txt; what torch requires comes with the rest.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+    pip install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch==2.13.0
 
 FROM ${VARIANT}
 ARG EXTRAS=demo,eval,slurm

@@ -83,7 +83,7 @@ def test_every_installation_leaves_the_images_torch_alone() -> None:
     for command in commands:
         assert "--no-deps" in command or 'python docker/install.py "${EXTRAS}"' in command, command
     assert f"torch=={pins()['torch']}" in commands[0]
-    assert "https://download.pytorch.org/whl/cpu" in commands[0]
+    assert "$TORCH_INDEX" in commands[0]
 
 
 def test_what_the_image_installs_is_pinned() -> None:
