@@ -140,6 +140,7 @@ def _configure(folder: Path, cpus: int) -> None:
         "MpiDefault=none",
         "ReturnToService=2",
         "KillWait=5",
+        "MinJobAge=86400",
         "MessageTimeout=60",
         "BatchStartTimeout=120",
         "SchedulerParameters=sched_interval=2,bf_interval=2",
